@@ -1,0 +1,113 @@
+"""What both stages share around the method: the common options, one-line errors, devices and processes, result files."""
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+RANK, WORLD, LOCAL = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, printed once, with exit status 2; and with options that have one
+    default for real models (the paper's) and one for the toy."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.by_model = {}
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n" if RANK == 0 else None)
+
+    def option(self, group, flag, real, toy, help, **options):
+        """Add an option to group whose default is `real`, or `toy` for the toy model; see `fill`."""
+        words = f"default: {real:g}; toy: {toy:g}" if real != toy else f"default: {real:g}"
+        self.by_model[group.add_argument(flag, help=f"{help} ({words})", **options).dest] = real, toy
+
+    def fill(self, args, **known):
+        """Set what the command line left open: from `known`, or the default that belongs to args.model."""
+        for name, (real, toy) in self.by_model.items():
+            if getattr(args, name) is None:
+                setattr(args, name, known.get(name, toy if args.model == "toy" else real))
+
+
+def number(kind, least, strict=False):
+    """An argparse type: an int or float that is at least (strict: above) `least`."""
+    def parse(text):
+        value = kind(text)
+        if not (value > least if strict else value >= least) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"expected a number {'above' if strict else 'of at least'} {least}, got {text}")
+        return value
+    parse.__name__ = kind.__name__                  # argparse names it when the text is no number at all
+    return parse
+
+
+def add_options(parser, *, steps, batch_size, dtypes, attack):
+    """The options that both stages share; steps and batch_size are (default, default for the toy)."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="an open_clip name, hf-hub:ORG/REPO, or toy (default: toy)")
+    group.add_argument("--pretrained", help="an open_clip tag, a file, or none; for the toy: seedN, trained on first use")
+    group = parser.add_argument_group("data")
+    group.add_argument("--tasks", default="all", help="to evaluate on: a comma list of toy tasks, imagenet and folder:PATH; "
+                       "all: the toy's zero-shot tasks, or ImageNet for other models; none (default: %(default)s)")
+    group.add_argument("--data-root", metavar="DIR", help="the folder with ImageNet's train/<class>/ and val/<class>/")
+    group.add_argument("--limit", type=number(int, 1), metavar="N", help="use at most N images of each set")
+    group.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),
+                       help="processes that decode images (default: %(default)s)")
+    group = parser.add_argument_group(f"attack {attack}")
+    group.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ε-ball (default: %(default)s)")
+    parser.option(group, "--eps", 1, 8, "radius of the ball in 1/255", type=number(float, 0))
+    parser.option(group, "--steps", *steps, "gradient steps", type=number(int, 1))
+    group.add_argument("--step-size", type=number(float, 0, strict=True), help="length of a step in 1/255 (default: 1, the "
+                       "paper's; toy and l2: 1.25 ε / steps in training, ε / 4 in evaluation)")
+    group = parser.add_argument_group("run")
+    parser.option(group, "--batch-size", *batch_size, "images, over all processes", type=number(int, 1))
+    group.add_argument("--seed", type=number(int, 0), default=0, help="of everything random (default: %(default)s)")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    group.add_argument("--dtype", choices=dtypes, help="of the transformer blocks; pixels and patch embedding are fp32 "
+                       + ("(default: bf16 on a GPU, else fp32)" if attack == "in training" else "(default: fp32)"))
+    group.add_argument("--out", metavar="DIR", help="folder to write to (default: a name under out/)")
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def start_processes(parser, args):
+    """Join the other processes of a torchrun, if any; the device of this one."""
+    try:
+        device = torch.device(args.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", LOCAL)
+            torch.cuda.set_device(device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def first_then_others(function):
+    """Call function in process 0, then in all the others, so that what it trains or downloads once is there for all."""
+    if RANK == 0:
+        result = function()
+    if WORLD > 1:
+        dist.barrier()
+    return result if RANK == 0 else function()
+
+
+def environment(device):
+    """Versions and hardware, for the record of a result."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return {"python": platform.python_version(), "torch": torch.__version__, "hardware": hardware, "processes": WORLD}
+
+
+def write_json(path, value):
+    """Write value as JSON: beside, then renamed."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)

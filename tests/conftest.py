@@ -1,0 +1,38 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run(script, *words) → CompletedProcess of a real command in the repository; processes=N for torchrun."""
+    def call(script, *words, processes=1, cwd=ROOT, status=0):
+        start = [sys.executable] if processes == 1 else [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        done = subprocess.run([*start, script, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300,
+                              env=os.environ | {"OMP_NUM_THREADS": "2" if processes == 1 else "1", "HF_HUB_OFFLINE": "1"})
+        assert done.returncode == status, done.stderr[-3000:]
+        return done
+    return call
+
+
+@pytest.fixture(scope="session")
+def read_json():
+    return lambda path: json.loads(Path(path).read_text())
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory):
+    """A file with a toy CLIP that is pretrained for 200 steps: it knows colours, and some shapes."""
+    import toyworld
+    path = tmp_path_factory.mktemp("clip") / "toy200.pt"
+    torch.save(toyworld.pretrain(0, steps=200).state_dict(), path)
+    return path

@@ -1,0 +1,193 @@
+"""The two stages as users run them: in subprocesses, small."""
+import json
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def trained(run, small_clip, tmp_path_factory):
+    """A short but real adaptation of a briefly pretrained toy CLIP: (its folder, what it printed)."""
+    out = tmp_path_factory.mktemp("run")
+    done = run("train_tecoa.py", "--pretrained", small_clip, "--tasks", "unseen,colours", "--limit", 2000, "--epochs", 4,
+               "--eval-steps", 5, "--out", out)
+    return out, done.stdout
+
+
+def check_schema(results, tasks):
+    assert set(results["tasks"]) == set(tasks)
+    for row in results["tasks"].values():
+        assert set(row) == {"n", "classes", "clean", "robust", "chance"}
+        assert 0 <= row["robust"] <= row["clean"] <= 100 and row["chance"] == pytest.approx(100 / row["classes"])
+    for kind in ("clean", "robust"):
+        assert results["mean"][kind] == pytest.approx(np.mean([row[kind] for row in results["tasks"].values()]))
+
+
+def test_training_writes_what_it_promises(trained, read_json):
+    out, printed = trained
+    assert {"ckpt.pt", "log.jsonl", "results.json", "results_before.json", "examples.png"} == {p.name for p in out.iterdir()}
+    for name in ("results.json", "results_before.json"):
+        results = read_json(out / name)
+        check_schema(results, ["unseen", "colours"])
+        assert results["config"]["loss"] == "tecoa" and results["config"]["torch"] == torch.__version__
+        assert results["adapted"]["seen"]["n"] == 400
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60]                  # 2,000 // 128 × 4
+    assert all(set(line) == {"step", "epoch", "loss", "lr", "images_per_s"} for line in lines)
+    assert lines[1]["lr"] < lines[2]["lr"] > lines[-1]["lr"]                             # warm-up, then cosine
+    assert "| task | images | classes | chance | CLIP clean | CLIP robust | tecoa clean | tecoa robust |" in printed
+    with Image.open(out / "examples.png") as picture:
+        assert picture.width > 200 and np.asarray(picture.convert("L")).std() > 20
+
+
+def test_training_really_makes_it_robust(trained, read_json):
+    before, after = (read_json(trained[0] / name) for name in ("results_before.json", "results.json"))
+    assert before["tasks"]["colours"]["clean"] > 80
+    assert after["mean"]["robust"] > before["mean"]["robust"] + 8
+    first, *_, last = (json.loads(line)["loss"] for line in (trained[0] / "log.jsonl").read_text().splitlines())
+    assert last < first
+
+
+def test_evaluating_the_checkpoint_gives_the_trainings_own_numbers(trained, run, read_json):
+    out, _ = trained
+    done = run("eval_zeroshot.py", "--ckpt", out / "ckpt.pt", "--tasks", "colours,unseen", "--steps", 5)
+    results = read_json(out / "eval" / "results.json")
+    check_schema(results, ["unseen", "colours"])
+    assert results["tasks"] == read_json(out / "results.json")["tasks"]
+    assert results["config"]["eps"] == 8 and "| **mean** |" in done.stdout
+
+
+def test_evaluation_in_two_processes_and_other_batches_counts_the_same(trained, run, read_json, tmp_path):
+    words = ("--ckpt", trained[0] / "ckpt.pt", "--tasks", "unseen,scans", "--limit", 101, "--steps", 3, "--norm", "l2",
+             "--eps", 200)
+    found = []
+    for k, (processes, batch) in enumerate(((1, 256), (1, 7), (2, 30))):
+        run("eval_zeroshot.py", *words, "--batch-size", batch, "--out", tmp_path / str(k), processes=processes)
+        found.append(read_json(tmp_path / str(k) / "results.json"))
+        check_schema(found[-1], ["unseen", "scans"])
+        assert found[-1]["tasks"] == found[0]["tasks"] and found[-1]["tasks"]["scans"]["n"] == 101
+
+
+def test_attacks_of_the_command_line_differ(trained, run, read_json, tmp_path):
+    robust = {}
+    for name, words in {"none": ["--eps", 0], "linf": ["--steps", 4], "weak": ["--steps", 1, "--step-size", .5],
+                        "l2": ["--norm", "l2", "--eps", 128], "cw": ["--attack", "cw", "--steps", 4]}.items():
+        run("eval_zeroshot.py", "--ckpt", trained[0] / "ckpt.pt", "--tasks", "unseen", "--limit", 200, *words, "--out",
+            tmp_path)
+        row = read_json(tmp_path / "results.json")["tasks"]["unseen"]
+        robust[name] = row["robust"]
+    assert robust["none"] == row["clean"] > robust["weak"] > robust["linf"] + 5
+    assert robust["l2"] < row["clean"] and abs(robust["cw"] - robust["linf"]) < 8
+
+
+def visual(folder):
+    return torch.load(folder / "ckpt.pt", weights_only=True)["visual"]
+
+
+@pytest.mark.parametrize("loss", ["tecoa", "ce"])
+def test_two_processes_make_the_update_of_one(run, tmp_path, loss):
+    """Three steps at the same global batch, from the same random weights. fp32 sums in another order, nothing else."""
+    words = ("--pretrained", "none", "--loss", loss, "--tasks", "none", "--limit", 200, "--batch-size", 64, "--max-steps", 3,
+             "--warmup", 0, "--lr", .05)
+    for processes in (1, 2):
+        run("train_tecoa.py", *words, "--out", tmp_path / str(processes), processes=processes)
+    start = run("train_tecoa.py", *words, "--lr", 0, "--out", tmp_path / "start") and visual(tmp_path / "start")
+    one, two = visual(tmp_path / "1"), visual(tmp_path / "2")
+    for name in start:
+        moved = (one[name] - start[name]).norm()
+        assert moved > 0, name
+        assert (one[name] - two[name]).norm() < .02 * moved, name
+
+
+def test_same_seed_same_bits_and_other_seed_others(run, tmp_path):
+    words = ("--pretrained", "none", "--tasks", "none", "--limit", 128, "--batch-size", 64, "--max-steps", 2, "--warmup", 0)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("train_tecoa.py", *words, "--seed", seed, "--out", tmp_path / name)
+    a, b, c = (visual(tmp_path / name) for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["visual.proj"], c["visual.proj"])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """An ImageFolder with train/ and val/ of two of ImageNet's classes, four small noise images each."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in ("n01440764", "n02012849"):
+            (root / part / name).mkdir(parents=True)
+            for k in range(4):
+                Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(root / part / name / f"{k}.jpg")
+    return root
+
+
+def test_the_real_path_with_random_weights(run, photos, tmp_path, read_json):
+    """ViT-B/32 on a folder in ImageNet's layout, then its checkpoint on another folder."""
+    model = ("--model", "ViT-B-32-quickgelu", "--pretrained", "none", "--device", "cpu", "--workers", 1)
+    run("train_tecoa.py", *model, "--dataset", "imagenet", "--data-root", photos, "--batch-size", 4, "--max-steps", 2,
+        "--eval-steps", 1, "--out", tmp_path)
+    results = read_json(tmp_path / "results.json")
+    check_schema(results, ["imagenet"])
+    config = results["config"]
+    assert (config["eps"], config["steps"], config["step_size"], config["lr"], config["warmup"], config["epochs"]) == (
+        1, 2, 1, 1e-5, 1000, 10)
+    run("eval_zeroshot.py", "--ckpt", tmp_path / "ckpt.pt", "--tasks", f"folder:{photos}", "--steps", 1, "--device", "cpu")
+    assert read_json(tmp_path / "eval" / "results.json")["tasks"][f"folder:{photos}"]["n"] == 8
+
+
+def test_bad_input_ends_in_one_line_and_status_2(run, photos, small_clip, tmp_path):
+    empty, single = tmp_path / "empty", tmp_path / "single"
+    empty.mkdir()
+    (single / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(single / "cat" / "a.png")
+    foreign, garbage = tmp_path / "foreign.pt", tmp_path / "garbage.pt"
+    torch.save({"state_dict": {}}, foreign)
+    garbage.write_bytes(b"not a checkpoint")
+    cases = [("train_tecoa.py", words, said) for words, said in (
+        ("--model ViT-X-99 --pretrained openai", "unknown model"), ("--model ViT-B-32-quickgelu", "--pretrained"),
+        ("--dataset imagenet", "--data-root"), (f"--dataset imagenet --data-root {tmp_path / 'absent'}", "no such folder"),
+        (f"--dataset folder:{empty}", "empty"), (f"--dataset folder:{single}", "only one class"), ("--eps -1", "--eps"),
+        ("--eps nan", "--eps"), ("--steps 0", "--steps"), ("--steps 1.5", "--steps"), ("--bogus", "--bogus"),
+        ("--loss mse", "--loss"), ("--lim 3", "--lim"), ("--device tpu9", "--device"), ("--tasks digit", "unknown task"),
+        ("--batch-size 9000 --pretrained none", "--batch-size"), (f"--pretrained {garbage}", "cannot load"),
+        ("--pretrained none --out /proc/nothing", "/proc/nothing"))]
+    cases += [("eval_zeroshot.py", words, said) for words, said in (
+        (f"--ckpt {tmp_path / 'absent.pt'}", "no checkpoint"), (f"--ckpt {foreign}", "foreign.pt"),
+        (f"--ckpt {garbage}", "garbage.pt"), (f"--tasks folder:{empty}", "empty"),
+        (f"--tasks folder:{single}", "only one class"),
+        ("--tasks none", "nothing to evaluate"), ("--attack fgsm", "--attack"), ("--step-size 0", "--step-size"))]
+
+    def attempt(case):
+        script, words, said = case
+        done = run(script, *words.split(), status=2)
+        assert done.stderr.count("\n") == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert done.stdout == ""
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(attempt, cases))
+
+
+def test_help_names_every_default(run):
+    for script in ("train_tecoa.py", "eval_zeroshot.py"):
+        text = " ".join(run(script, "--help").stdout.split())
+        assert "radius of the ball in 1/255 (default: 1; toy: 8)" in text
+
+
+def test_the_readmes_ten_line_fork_trains(run, tmp_path):
+    """The diff in the README applies to the scripts as they are, and the loss that it adds trains."""
+    (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    fork = tmp_path / "fork"
+    shutil.copytree(ROOT, fork, ignore=shutil.ignore_patterns("out", ".git", "tests", "*cache*"))
+    subprocess.run(["patch", "-p1"], input=diff, text=True, cwd=fork, check=True, capture_output=True)
+    assert 5 <= len(re.findall(r"^[+-](?![+-])", diff, re.M)) <= 12
+    new = re.search(r'args\.loss == "(\w+)"', "".join(re.findall(r"^\+.*\n", diff, re.M))).group(1)
+    run("train_tecoa.py", "--pretrained", "none", "--loss", new, "--limit", 128, "--batch-size", 64, "--max-steps", 2,
+        "--tasks", "none", "--out", tmp_path / "out", cwd=fork)
+    assert (tmp_path / "out" / "ckpt.pt").exists()

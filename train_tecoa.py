@@ -1,0 +1,199 @@
+"""Stage 1: make CLIP robust, adversarially training its image encoder against frozen text embeddings (TeCoA, ICLR 2023).
+
+    python train_tecoa.py                        # the toy world, minutes on a laptop
+    python train_tecoa.py --loss ce              # standard adversarial training, which TeCoA is compared with
+    torchrun --nproc_per_node=8 train_tecoa.py --model ViT-B-32-quickgelu --pretrained openai \\
+        --dataset imagenet --data-root DIR       # the paper's recipe
+
+Writes out/<run>/: ckpt.pt, log.jsonl, results.json (after), results_before.json and examples.png.
+"""
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from attacks import image_keys, pgd
+from cli import DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes, write_json
+from data import batches, load_task, task_names
+from eval_zeroshot import draw_examples, evaluate_tasks, examples, make_attack, markdown_table
+from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, log_odds
+from model import ImageEncoder, image_size, load_clip, save_checkpoint
+from prompts import encode_head
+
+# ---------------------------------------------------------------------------------------------- options
+parser = Parser(prog="train_tecoa.py", description=__doc__)
+add_options(parser, steps=(2, 2), batch_size=(256, 128), dtypes=("fp32", "bf16"), attack="in training")
+group = parser.add_argument_group("training")
+group.add_argument("--dataset", help="to adapt on: toy, another toy task, imagenet or folder:PATH (default: toy for the "
+                   "toy model, else imagenet)")
+group.add_argument("--loss", choices=("tecoa", "ce"), default="tecoa", help="tecoa: against the class prompts; ce: a linear "
+                   "readout from scratch, thrown away afterwards (default: %(default)s)")
+group.add_argument("--adapt", choices=("full",), default="full", help="what trains: every parameter of the image encoder")
+parser.option(group, "--epochs", 10, 6, "passes over the data set", type=number(int, 1))
+group.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps of the same schedule")
+parser.option(group, "--lr", 1e-5, 1e-2, "peak learning rate of SGD", type=number(float, 0))
+parser.option(group, "--warmup", 1000, 25, "steps of linear warm-up, before the cosine to 0", type=number(int, 0))
+group.add_argument("--eval-steps", type=number(int, 1), default=10, help="PGD steps, of ε/4, for the two tables "
+                   "(default: %(default)s)")
+args = parser.parse_args()
+args.model = args.model or "toy"
+args.dataset = args.dataset or ("toy" if args.model == "toy" else "imagenet")
+args.pretrained = args.pretrained or (f"seed{args.seed}" if args.model == "toy" else None)
+parser.fill(args)
+args.step_size = args.step_size or (1 if args.model != "toy" and args.norm == "linf" else 1.25 * args.eps / args.steps)
+
+# ---------------------------------------------------------------------------------------------- data and model
+device = start_processes(parser, args)
+args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
+out = Path(args.out or f"out/{args.model}-{args.loss}-{args.adapt}-seed{args.seed}".replace("hf-hub:", "").replace("/", "-"))
+args.out = str(out)
+try:
+    if args.batch_size % WORLD:
+        raise ValueError(f"--batch-size {args.batch_size} cannot be shared equally by {WORLD} processes")
+    options = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit}
+    train = load_task(args.dataset, "train", **options)
+    tasks = [load_task(name, "val", **options) for name in task_names(args.tasks, args.dataset)]
+    held_out = [load_task(args.dataset, "val", **options)] if tasks and train.name not in [t.name for t in tasks] else []
+    if len(train.images) < args.batch_size:
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.images)} images of {args.dataset}")
+    out.mkdir(parents=True, exist_ok=True)
+    clip, tokenizer = first_then_others(lambda: load_clip(args.model, args.pretrained, device, args.seed))
+except (ValueError, OSError) as error:
+    parser.error(str(error))
+
+encoder = ImageEncoder(clip, DTYPES[args.dtype])                           # F_θ: x [B,3,H,W] → z [B,D]
+scale = clip.logit_scale.exp().item()                                      # 1/τ, never trained
+head = encode_head(clip, tokenizer, train.class_names, train.template)    # [K, D], encoded once
+heads = {task.name: encode_head(clip, tokenizer, task.class_names, task.template) for task in [*tasks, *held_out]}
+
+
+# ---------------------------------------------------------------------------------------------- tables before and after
+def zero_shot_results(label):
+    """Clean and robust accuracy on the zero-shot tasks and on held-out images of the task adapted on; and pictures."""
+    precision, encoder.dtype = encoder.dtype, torch.float32                # what is reported comes from an fp32 forward
+    attack = make_attack("pgd", eps=args.eps, steps=args.eval_steps, step_size=args.eps / 4, norm=args.norm)
+    options = {"batch_size": 256, "seed": args.seed, "workers": args.workers}
+    results = evaluate_tasks(encoder, heads, scale, tasks, attack, label=label, **options)
+    if held_out:
+        results["adapted"] = evaluate_tasks(encoder, heads, scale, held_out, attack, label=label, **options)["tasks"]
+    pictures = examples(encoder, heads, scale, tasks[:8], attack, seed=args.seed,
+                        chosen=before_pictures and [e["position"] for e in before_pictures]) if RANK == 0 else []
+    encoder.dtype = precision
+    return results, pictures
+
+
+if RANK == 0:
+    print(f"{args.model} {args.pretrained or ''} on {device}, {WORLD} process(es). Adapting on {train.name}: "
+          f"{len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, PGD-{args.steps}, {args.norm} "
+          f"ε = {args.eps:g}/255.", flush=True)
+    for name in ("results.json", "results_before.json", "examples.png"):    # of an earlier run
+        (out / name).unlink(missing_ok=True)
+before_pictures = None
+before, before_pictures = zero_shot_results("CLIP")
+if RANK == 0:
+    if tasks:
+        print("\n" + markdown_table({"CLIP": before}, before.get("adapted", ())) + "\n")
+    write_json(out / "results_before.json", {"config": vars(args) | environment(device), **before})
+
+# ---------------------------------------------------------------------------------------------- loss
+# Each loss says what the update minimises, `loss_fn`, and what its attack ascends, `attacked`: both [B], from net(x).
+# The attack maximises the same loss, but follows its log-odds (kernels/contrastive_loss.py says why).
+if args.loss == "tecoa":                                                   # paper, Equation 3
+    net = encoder
+
+    def loss_fn(z, y):
+        return contrastive_loss(z, head, y, scale)
+
+    def attacked(z, y):
+        return contrastive_log_odds(z, head, y, scale)
+elif args.loss == "ce":                                                    # standard adversarial training
+    torch.manual_seed(args.seed)
+    net = nn.Sequential(encoder, nn.Linear(head.shape[1], len(head)).to(device))
+
+    def loss_fn(logits, y):
+        return F.cross_entropy(logits, y, reduction="none")
+
+    attacked = log_odds
+
+net.requires_grad_(True)
+trained = {id(p) for p in net.parameters()}
+optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=.9)
+ddp = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None) if WORLD > 1 else net
+
+# ---------------------------------------------------------------------------------------------- training loop
+per_epoch = len(train.images) // args.batch_size                           # the ragged last batch is left out
+schedule_steps = args.epochs * per_epoch
+total = min(schedule_steps, args.max_steps or schedule_steps)
+log = open(out / "log.jsonl", "w") if RANK == 0 else None
+bar = tqdm(total=total, desc=f"{args.loss} on {train.name}", unit="step", disable=RANK > 0)
+step, since, seen = 0, time.perf_counter(), 0
+for epoch in range(args.epochs):
+    gen = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(train.images), generator=gen)[:per_epoch * args.batch_size]
+    mine = order.view(per_epoch, args.batch_size)[:, RANK::WORLD].flatten().tolist()
+    for x, y, index in batches(train, mine, args.batch_size // WORLD, args.workers):
+        x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
+        warm = step < args.warmup                                          # linear warm-up, then cosine to 0
+        lr = args.lr * ((step + 1) / args.warmup if warm else
+                        (1 + math.cos(math.pi * (step - args.warmup) / (schedule_steps - args.warmup))) / 2)
+        optimizer.param_groups[0]["lr"] = lr
+
+        # 1. attack: x_adv = argmax over ‖δ‖ ≤ ε of the loss, weights frozen, gradient to the pixels alone
+        net.requires_grad_(False)
+        x_adv = pgd(lambda x, y: attacked(net(x), y), x, y, eps=args.eps / 255, steps=args.steps,
+                    step_size=args.step_size / 255, norm=args.norm, keys=image_keys(args.seed, epoch, index).to(device))
+        net.requires_grad_(True)
+
+        # 2. update: minimise the loss on the adversarial images alone
+        loss = loss_fn(ddp(x_adv), y).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if step == 0:
+            wrong = [name for name, p in [*net.named_parameters(), *clip.named_parameters()]
+                     if (p.grad is not None) != (id(p) in trained)]
+            if wrong:
+                raise RuntimeError(f"meant to train but without a gradient, or the other way round: {wrong}")
+        optimizer.step()
+
+        step, seen = step + 1, seen + args.batch_size
+        bar.update()
+        if step % 10 == 0 or step == total:
+            mean_loss = loss.detach().clone()
+            if WORLD > 1:
+                dist.all_reduce(mean_loss, dist.ReduceOp.SUM)
+            mean_loss, now = mean_loss.item() / WORLD, time.perf_counter()
+            rate, since, seen = seen / (now - since), now, 0
+            bar.set_postfix(loss=f"{mean_loss:.3f}", images_per_s=f"{rate:.0f}")
+            if RANK == 0:
+                print(json.dumps({"step": step, "epoch": epoch, "loss": mean_loss, "lr": lr,
+                                  "images_per_s": round(rate, 1)}), file=log, flush=True)
+            if not math.isfinite(mean_loss):
+                sys.exit(f"{parser.prog}: the loss is {mean_loss} at step {step}; try a smaller --lr")
+        if step == total:
+            break
+    if RANK == 0:
+        save_checkpoint(out / "ckpt.pt", clip, vars(args), step=step)
+    if step == total:
+        break
+bar.close()
+
+# ---------------------------------------------------------------------------------------------- after
+net.requires_grad_(False)
+after, after_pictures = zero_shot_results(args.loss)
+if RANK == 0:
+    write_json(out / "results.json", {"config": vars(args) | environment(device), **after})
+    if tasks:
+        print(f"\nPGD-{args.eval_steps}, {args.norm} ε = {args.eps:g}/255\n")
+        print(markdown_table({"CLIP": before, args.loss: after}, after.get("adapted", ())))
+        draw_examples(out / "examples.png", {"CLIP": before_pictures, args.loss: after_pictures}, args.eps)
+    print(f"\nwrote {out}/: ckpt.pt, log.jsonl, results.json" + (", results_before.json, examples.png" if tasks else ""))
+if WORLD > 1:
+    dist.destroy_process_group()

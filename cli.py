@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 import torch
@@ -12,15 +13,15 @@ RANK, WORLD, LOCAL = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORL
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, printed once, with exit status 2; and with options that have one
-    default for real models (the paper's) and one for the toy."""
+    """An ArgumentParser whose errors are one line, with exit status 2; and with options that have one default for real
+    models (the paper's) and one for the toy."""
 
     def __init__(self, **options):
         super().__init__(**options, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.by_model = {}
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n" if RANK == 0 else None)
+        self.exit(2, f"{self.prog}{f' (process {RANK})' if RANK else ''}: {message}\n")
 
     def option(self, group, flag, real, toy, help, **options):
         """Add an option to group whose default is `real`, or `toy` for the toy model; see `fill`."""
@@ -34,12 +35,13 @@ class Parser(argparse.ArgumentParser):
                 setattr(args, name, known.get(name, toy if args.model == "toy" else real))
 
 
-def number(kind, least, strict=False):
-    """An argparse type: an int or float that is at least (strict: above) `least`."""
+def number(kind, least, strict=False, most=2**31):
+    """An argparse type: an int or float that is at least (strict: above) `least`, and below `most`."""
     def parse(text):
         value = kind(text)
-        if not (value > least if strict else value >= least) or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"expected a number {'above' if strict else 'of at least'} {least}, got {text}")
+        if not (value > least if strict else value >= least) or value >= most:
+            raise argparse.ArgumentTypeError(f"expected a number {'above' if strict else 'of at least'} {least}"
+                                             f"{f' and below {most}' if value >= most else ''}, got {text}")
         return value
     parse.__name__ = kind.__name__                  # argparse names it when the text is no number at all
     return parse
@@ -58,7 +60,7 @@ def add_options(parser, *, steps, batch_size, dtypes, attack):
     group.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),
                        help="processes that decode images (default: %(default)s)")
     group = parser.add_argument_group(f"attack {attack}")
-    group.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ε-ball (default: %(default)s)")
+    group.add_argument("--norm", choices=("linf", "l2"), help="of the ε-ball; l2 wants --eps (default: linf)")
     parser.option(group, "--eps", 1, 8, "radius of the ball in 1/255", type=number(float, 0))
     parser.option(group, "--steps", *steps, "gradient steps", type=number(int, 1))
     group.add_argument("--step-size", type=number(float, 0, strict=True), help="length of a step in 1/255 (default: 1, the "
@@ -80,10 +82,10 @@ def start_processes(parser, args):
     try:
         device = torch.device(args.device)
         if device.type == "cuda":
-            device = torch.device("cuda", LOCAL)
+            device = torch.device("cuda", LOCAL if device.index is None else device.index)
             torch.cuda.set_device(device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.zeros(1, device=device)
+            torch.backends.cudnn.allow_tf32 = False                        # the patch embedding sees δ
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if WORLD > 1:
@@ -92,12 +94,28 @@ def start_processes(parser, args):
 
 
 def first_then_others(function):
-    """Call function in process 0, then in all the others, so that what it trains or downloads once is there for all."""
+    """Call function in process 0, then in all the others, so that what it trains or downloads once is there for all.
+
+    A ValueError or OSError in process 0 is raised in all.
+    """
+    result, problem = None, [None]
     if RANK == 0:
-        result = function()
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            problem = [str(error)]
     if WORLD > 1:
-        dist.barrier()
+        dist.broadcast_object_list(problem, 0)
+    if problem[0]:
+        raise ValueError(problem[0])
     return result if RANK == 0 else function()
+
+
+def writable_folder(path):
+    """Make the folder if need be, and see that a file can be written there before hours of work depend on it: OSError."""
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path):
+        pass
 
 
 def environment(device):

@@ -16,7 +16,7 @@ import toyworld
 from prompts import imagenet_class_names
 
 TEMPLATE = "This is a photo of a {}"                 # the paper's, without a full stop
-TOY_TRAIN, TOY_TEST = 8192, 400                      # images drawn to adapt on, and per task to evaluate on
+TOY_TRAIN, TOY_TEST = 16384, 400                      # images drawn to adapt on, and per task to evaluate on
 TOY_ADAPTED = "seen"                                 # the one toy task to adapt on; the others are zero-shot
 
 
@@ -46,10 +46,11 @@ class Folder(datasets.ImageFolder):
 
 
 def _folder_task(name, path, part, size):
-    """The Task of a folder of classes, or of its sub-folder `part` if it is split into train/ and val/."""
+    """The Task of a folder's sub-folder `part`; to evaluate on, also that of a folder of classes that is not split."""
     path = Path(path)
-    split = (path / "train").is_dir() or (path / "val").is_dir()
-    folder = Folder(path / part if split else path, size)
+    inside = {entry.name for entry in path.iterdir() if entry.is_dir()} if path.is_dir() else set()
+    whole = part == "val" and not (inside and inside <= {"train", "val", "test"})
+    folder = Folder(path if whole else path / part, size)
     known = imagenet_class_names()
     names = [known[c] if re.fullmatch(r"n\d{8}", c) and c in known else c for c in folder.classes]
     return Task(name, folder, names, TEMPLATE)
@@ -58,15 +59,18 @@ def _folder_task(name, path, part, size):
 def load_task(name, part, *, size=224, data_root=None, limit=None):
     """One Task. part: "train" (to adapt on), "val" (to evaluate on) or, in the toy world, also "tune" (to choose by).
 
-    size: the model's resolution in pixels, for images of no fixed one. limit: at most so many images, evenly spread.
-    Raises ValueError, in one line, for a name or folder that is not there or holds fewer than two classes.
+    size: the model's resolution in pixels, for images of no fixed one. limit: at most so many images, evenly spread over
+    the set; toy sets are drawn that small. Raises ValueError, in one line, for a name, folder or part that is not there
+    or holds fewer than two classes.
     """
     toy = name.removeprefix("toy:")
     if name == "toy":
         toy = TOY_ADAPTED
+    if toy == "scans" and part != "val":
+        raise ValueError("scans are for evaluation only: all of its images are reported on")
     if toy in toyworld.TASKS:
-        count = TOY_TRAIN if part == "train" else None if toy == "scans" else TOY_TEST
-        images, labels = toyworld.task(toy, "test" if part == "val" else part, count)
+        count = TOY_TRAIN if part == "train" else TOY_TEST
+        images, labels = toyworld.task(toy, "test" if part == "val" else part, min(count, limit or count))
         task = Task(toy, TensorDataset(images, labels, torch.arange(len(labels))), *toyworld.TASKS[toy])
     elif name == "imagenet":
         if data_root is None:
@@ -91,13 +95,17 @@ def task_names(words, dataset):
         return []
     if words == "all":
         toy = dataset.removeprefix("toy:") in (*toyworld.TASKS, "toy")
-        return [name for name in toyworld.TASKS if name != TOY_ADAPTED] if toy else [dataset]
+        return [name for name in toyworld.TASKS if name not in (TOY_ADAPTED, dataset)] if toy else [dataset]
     return list(dict.fromkeys(filter(None, (word.strip() for word in words.split(",")))))
 
 
 def batches(task, order, batch_size, workers):
-    """A DataLoader over the images of `task` in `order` (positions): uint8 [B,3,H,W], labels [B], image numbers [B]."""
+    """A DataLoader over the images of `task` in `order` (positions): uint8 [B,3,H,W], labels [B], image numbers [B].
+
+    Workers are forked: they only decode, and any other way of starting them would run the stage script again in each.
+    """
     slices = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     in_memory = isinstance(task.images, TensorDataset) or isinstance(getattr(task.images, "dataset", 0), TensorDataset)
-    return DataLoader(task.images, batch_sampler=slices, num_workers=0 if in_memory else workers,
-                      pin_memory=torch.cuda.is_available())
+    workers = 0 if in_memory else workers
+    return DataLoader(task.images, batch_sampler=slices, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      multiprocessing_context="fork" if workers else None)

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from attacks import cw, image_keys, pgd
-from cli import DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, start_processes, write_json
+from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, start_processes, writable_folder,
+                 write_json)
 from data import batches, load_task, task_names
 from kernels.contrastive_loss import cosine_logits, log_odds
 from model import ImageEncoder, image_size, load_clip, load_visual, read_checkpoint
@@ -93,14 +94,20 @@ def markdown_table(results, adapted=()):
 
 
 def examples(encoder, heads, scale, tasks, attack, *, seed, chosen=None):
-    """One attacked image of each task: [{"task", "position", "x", "x_adv", "truth", "clean", "adversarial"}].
+    """Eight attacked images, spread over the tasks: [{"task", "position", "x", "x_adv", "truth", "clean", "adversarial"}].
 
-    chosen: the images' positions in their tasks; by default each task's first that is classified rightly when clean.
+    chosen: an earlier result, for the same images again; by default ones that are classified rightly when clean.
     """
     found = []
-    for t, task in enumerate(tasks):
+    share = max(1, 8 // max(1, len(tasks)))
+    places = [(task, range(i * len(task.images) // share, len(task.images))[:32]) for task in tasks[:8]
+              for i in range(share)]
+    if chosen is not None:
+        places = [(task, [example["position"]]) for (task, _), example in zip(places, chosen)]
+    for task, positions in places:
+        if not positions:                           # fewer images than columns
+            continue
         head = heads[task.name]
-        positions = range(min(32, len(task.images))) if chosen is None else [chosen[t]]
         x, y, index = torch.utils.data.default_collate([task.images[p] for p in positions])
         x, y, index = x.to(head.device).float() / 255, y.to(head.device), index.to(head.device)
 
@@ -168,19 +175,25 @@ def main():
         args.pretrained = args.pretrained or checkpoint.get("pretrained")
         if args.model == "toy" and args.pretrained is None:
             args.pretrained = f"seed{args.seed}"
-        known = {"eps": checkpoint["config"]["eps"]} if args.ckpt else {}      # each model at the ε that it trained with
-        parser.fill(args, **known)
+        trained = checkpoint["config"]                                         # each model at the ε that it trained with
+        args.norm = args.norm or trained.get("norm", "linf")
+        if args.norm == trained.get("norm"):
+            args.eps = trained["eps"] if args.eps is None else args.eps
+        elif args.norm == "l2" and args.eps is None:
+            raise ValueError("--norm l2 needs --eps, in 1/255")
+        parser.fill(args)
         args.step_size = args.step_size or (1 if args.model != "toy" and args.norm == "linf" else args.eps / 4)
         args.dtype = args.dtype or "fp32"
-        args.out = args.out or (str(Path(args.ckpt).parent / "eval") if args.ckpt else
-                                f"out/eval-{args.model}-{Path(args.pretrained or 'hub').stem}".replace("hf-hub:", ""))
+        name = f"eval-{args.model.removeprefix('hf-hub:').replace('/', '-')}-{Path(args.pretrained or 'hub').stem}"
+        args.out = args.out or str(Path(args.ckpt).parent / "eval" if args.ckpt else Path("out") / name)
         names = task_names(args.tasks, "toy" if args.model == "toy" else "imagenet")
         if not names:
             raise ValueError(f"--tasks {args.tasks}: nothing to evaluate")
         size = image_size(args.model, args.pretrained)
         tasks = [load_task(name, "val", size=size, data_root=args.data_root, limit=args.limit) for name in names]
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        clip, tokenizer = first_then_others(lambda: load_clip(args.model, args.pretrained, device, args.seed))
+        writable_folder(Path(args.out))
+        seed = trained.get("seed", args.seed)                                  # of random weights
+        clip, tokenizer = first_then_others(lambda: load_clip(args.model, args.pretrained, device, seed))
         if args.ckpt:
             load_visual(clip, checkpoint, args.ckpt)
     except (ValueError, OSError) as error:

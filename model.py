@@ -133,7 +133,9 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                            # about a TorchScript file, which is refused anyway
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                                  # a damaged file fails in many ways
         raise ValueError(f"{path} is not a checkpoint that PyTorch can read (weights_only)") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:

@@ -182,7 +182,7 @@ def task(name, split, n):
     """Images uint8 [n, 3, SIZE, SIZE] and labels int64 [n] of one task.
 
     split "train" (to adapt on), "tune" (to choose settings on) or "test" (to report): other images, same classes.
-    `scans` is real: scikit-learn's 1,797 handwritten digits, 8×8, enlarged; all of them are for "test".
+    `scans` is real: scikit-learn's 1,797 handwritten digits, 8×8, enlarged; all of them are for "test", and n is ignored.
     """
     if name == "scans":
         from sklearn.datasets import load_digits
@@ -192,7 +192,9 @@ def task(name, split, n):
         return (images * 255).round().to(torch.uint8), torch.tensor(labels)
     seed = int.from_bytes(hashlib.sha256(f"{name} {split}".encode()).digest()[:6], "big")
     gen = torch.Generator().manual_seed(seed)
-    y = (torch.arange(n) % len(TASKS[name][0]))[torch.randperm(n, generator=gen)]        # balanced and shuffled
+    classes = len(TASKS[name][0])
+    y = torch.arange(n) % classes if n >= classes else torch.arange(n) * classes // n     # balanced, then shuffled
+    y = y[torch.randperm(n, generator=gen)]
     objects, colours, kinds = [torch.randint(len(v), (n,), generator=gen) for v in (OBJECTS, COLOURS, TEXTURES)]
     outline = torch.full((n,), name == "outlines")
     if name == "seen":
@@ -259,7 +261,7 @@ def caption(said, wrapper):
 # ---------------------------------------------------------------------------------------------- the toy CLIP
 CONFIG = Path(__file__).parent / "toy.json"          # an open_clip model: ViT, 32 px, patch 8, width 96, 4 layers
 CACHE = Path(__file__).parent / "out" / "toy-clip"
-STEPS, BATCH, LEARNING_RATE = 1500, 128, 2e-3
+STEPS, BATCH, LEARNING_RATE = 1600, 128, 2e-3
 
 
 def register():
@@ -274,6 +276,8 @@ def pretrain(seed, steps=STEPS):
     A caption of another image that is true of this image as well is no negative: it is left out of the softmax.
     """
     register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)                         # sums in another order would make another CLIP
     torch.manual_seed(seed)
     gen = torch.Generator().manual_seed(seed)
     logging.disable()                                                                    # "initialized randomly": we know
@@ -281,7 +285,7 @@ def pretrain(seed, steps=STEPS):
     logging.disable(logging.NOTSET)
     tokenize = functools.cache(open_clip.get_tokenizer("toy"))
     mean, std = torch.tensor(open_clip.OPENAI_DATASET_MEAN), torch.tensor(open_clip.OPENAI_DATASET_STD)
-    # Muon on the blocks' matrices: the quality of 600 steps where AdamW alone needs over 1500.
+    # Muon on the blocks' matrices: 50 % zero-shot after 300 steps, where AdamW alone is at 30 %.
     matrices = [p for name, p in model.named_parameters() if "resblocks" in name and p.ndim == 2]
     others = [p for name, p in model.named_parameters() if not ("resblocks" in name and p.ndim == 2)]
     optimizers = [torch.optim.Muon(matrices, 2 * LEARNING_RATE, weight_decay=.05, adjust_lr_fn="match_rms_adamw"),
@@ -309,6 +313,7 @@ def pretrain(seed, steps=STEPS):
             optimizer.step()
         model.logit_scale.data.clamp_(max=math.log(100))
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    torch.set_num_threads(threads)
     return model.eval()
 
 

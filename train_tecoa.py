@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from attacks import image_keys, pgd
-from cli import DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes, write_json
+from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes,
+                 writable_folder, write_json)
 from data import batches, load_task, task_names
 from eval_zeroshot import draw_examples, evaluate_tasks, examples, make_attack, markdown_table
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, log_odds
@@ -37,14 +38,19 @@ group.add_argument("--dataset", help="to adapt on: toy, another toy task, imagen
 group.add_argument("--loss", choices=("tecoa", "ce"), default="tecoa", help="tecoa: against the class prompts; ce: a linear "
                    "readout from scratch, thrown away afterwards (default: %(default)s)")
 group.add_argument("--adapt", choices=("full",), default="full", help="what trains: every parameter of the image encoder")
-parser.option(group, "--epochs", 10, 6, "passes over the data set", type=number(int, 1))
+parser.option(group, "--epochs", 10, 3, "passes over the data set", type=number(int, 1))
 group.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps of the same schedule")
-parser.option(group, "--lr", 1e-5, 1e-2, "peak learning rate of SGD", type=number(float, 0))
+parser.option(group, "--lr", 1e-5, 7e-3, "peak learning rate of SGD", type=number(float, 0))
 parser.option(group, "--warmup", 1000, 25, "steps of linear warm-up, before the cosine to 0", type=number(int, 0))
 group.add_argument("--eval-steps", type=number(int, 1), default=10, help="PGD steps, of ε/4, for the two tables "
                    "(default: %(default)s)")
 args = parser.parse_args()
+asked = [f"{word.replace('_', '')}{value}" for word, value in vars(args).items() if value is not None
+         and word in ("dataset", "norm", "eps", "steps", "step_size", "limit", "epochs", "max_steps", "lr", "batch_size")]
 args.model = args.model or "toy"
+args.norm = args.norm or "linf"
+if args.norm == "l2" and args.eps is None:
+    parser.error("--norm l2 needs --eps, in 1/255")
 args.dataset = args.dataset or ("toy" if args.model == "toy" else "imagenet")
 args.pretrained = args.pretrained or (f"seed{args.seed}" if args.model == "toy" else None)
 parser.fill(args)
@@ -53,7 +59,8 @@ args.step_size = args.step_size or (1 if args.model != "toy" and args.norm == "l
 # ---------------------------------------------------------------------------------------------- data and model
 device = start_processes(parser, args)
 args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-out = Path(args.out or f"out/{args.model}-{args.loss}-{args.adapt}-seed{args.seed}".replace("hf-hub:", "").replace("/", "-"))
+name = "-".join([args.model.removeprefix("hf-hub:"), args.loss, args.adapt, *asked, f"seed{args.seed}"])
+out = Path(args.out or "out/" + name.replace("/", "-").replace(":", "-"))
 args.out = str(out)
 try:
     if args.batch_size % WORLD:
@@ -64,7 +71,7 @@ try:
     held_out = [load_task(args.dataset, "val", **options)] if tasks and train.name not in [t.name for t in tasks] else []
     if len(train.images) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.images)} images of {args.dataset}")
-    out.mkdir(parents=True, exist_ok=True)
+    writable_folder(out)
     clip, tokenizer = first_then_others(lambda: load_clip(args.model, args.pretrained, device, args.seed))
 except (ValueError, OSError) as error:
     parser.error(str(error))
@@ -84,8 +91,7 @@ def zero_shot_results(label):
     results = evaluate_tasks(encoder, heads, scale, tasks, attack, label=label, **options)
     if held_out:
         results["adapted"] = evaluate_tasks(encoder, heads, scale, held_out, attack, label=label, **options)["tasks"]
-    pictures = examples(encoder, heads, scale, tasks[:8], attack, seed=args.seed,
-                        chosen=before_pictures and [e["position"] for e in before_pictures]) if RANK == 0 else []
+    pictures = examples(encoder, heads, scale, tasks, attack, seed=args.seed, chosen=before_pictures) if RANK == 0 else []
     encoder.dtype = precision
     return results, pictures
 
@@ -94,7 +100,7 @@ if RANK == 0:
     print(f"{args.model} {args.pretrained or ''} on {device}, {WORLD} process(es). Adapting on {train.name}: "
           f"{len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, PGD-{args.steps}, {args.norm} "
           f"ε = {args.eps:g}/255.", flush=True)
-    for name in ("results.json", "results_before.json", "examples.png"):    # of an earlier run
+    for name in ("ckpt.pt", "results.json", "results_before.json", "examples.png"):    # of an earlier run
         (out / name).unlink(missing_ok=True)
 before_pictures = None
 before, before_pictures = zero_shot_results("CLIP")
@@ -134,6 +140,7 @@ schedule_steps = args.epochs * per_epoch
 total = min(schedule_steps, args.max_steps or schedule_steps)
 log = open(out / "log.jsonl", "w") if RANK == 0 else None
 bar = tqdm(total=total, desc=f"{args.loss} on {train.name}", unit="step", disable=RANK > 0)
+torch.set_float32_matmul_precision("high")                                # TF32 is fine to train with, not to report with
 step, since, seen = 0, time.perf_counter(), 0
 for epoch in range(args.epochs):
     gen = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
@@ -165,7 +172,7 @@ for epoch in range(args.epochs):
 
         step, seen = step + 1, seen + args.batch_size
         bar.update()
-        if step % 10 == 0 or step == total:
+        if step % 10 == 0 or step % per_epoch == 0 or step == total:
             mean_loss = loss.detach().clone()
             if WORLD > 1:
                 dist.all_reduce(mean_loss, dist.ReduceOp.SUM)
@@ -187,6 +194,7 @@ bar.close()
 
 # ---------------------------------------------------------------------------------------------- after
 net.requires_grad_(False)
+torch.set_float32_matmul_precision("highest")
 after, after_pictures = zero_shot_results(args.loss)
 if RANK == 0:
     write_json(out / "results.json", {"config": vars(args) | environment(device), **after})

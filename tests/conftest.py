@@ -18,7 +18,8 @@ def run():
         start = [sys.executable] if processes == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         done = subprocess.run([*start, script, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                              env=os.environ | {"OMP_NUM_THREADS": "2" if processes == 1 else "1", "HF_HUB_OFFLINE": "1"})
+                              env=os.environ | {"OMP_NUM_THREADS": "2" if processes == 1 else "1", "HF_HUB_OFFLINE": "1",
+                                                "CUDA_VISIBLE_DEVICES": ""})
         assert done.returncode == status, done.stderr[-3000:]
         return done
     return call

@@ -45,7 +45,8 @@ def test_result_lies_in_the_ball_and_in_the_pixel_range(norm, eps):
         size = delta.abs().amax((1, 2, 3)) if norm == "linf" else delta.flatten(1).norm(dim=1)
         assert size.max() <= eps + 1e-6 * max(1, eps)
         assert x_adv.min() >= 0 and x_adv.max() <= 1
-        assert size.max() >= .5 * min(eps, .2)                                              # and it did go somewhere
+        start = random_start(x, eps, norm, keys)
+        assert eps == 0 or log_odds(net(x_adv), y).mean() > log_odds(net(start), y).mean()  # and went somewhere
 
 
 def test_each_image_gets_the_same_result_in_any_batch():
@@ -66,11 +67,29 @@ def test_each_image_gets_the_same_result_in_any_batch():
     assert torch.allclose(attack(order), whole[order], rtol=0, atol=1e-12)
 
 
-def test_no_gradient_reaches_the_weights_even_of_an_unfrozen_model():
+def test_the_sum_over_the_batch_is_differentiated_and_with_respect_to_the_pixels_alone():
     net = network(torch.float32).requires_grad_(True)
-    x, y = torch.rand(2, 3, 7, 7), torch.tensor([0, 1])
-    pgd(lambda x, y: log_odds(net(x), y), x, y, eps=.03, steps=2, step_size=.01)
+    x, y = torch.rand(6, 3, 7, 7), torch.arange(6) % 5
+    weights_of_images = []
+
+    def loss_fn(x, y):
+        loss = log_odds(net(x), y)
+        loss.register_hook(weights_of_images.append)
+        return loss
+
+    x_adv = pgd(loss_fn, x, y, eps=.03, steps=2, step_size=.01)
+    assert len(weights_of_images) == 2 and all((w == 1).all() for w in weights_of_images)
     assert all(p.grad is None for p in net.parameters())
+    assert not (x.requires_grad or x_adv.requires_grad)
+
+
+def test_the_start_is_the_random_start_of_the_keys():
+    x, keys = torch.rand(5, 3, 7, 7), image_keys(1, 2, torch.arange(5))
+    net = network(torch.float32)
+    for norm, eps in (("linf", .1), ("l2", 1.)):
+        stayed = pgd(lambda x, y: net(x).sum(1), x, None, eps=eps, steps=1, step_size=0., norm=norm, keys=keys)
+        assert torch.allclose(stayed, random_start(x, eps, norm, keys), atol=1e-6)
+        assert not torch.allclose(stayed, x, atol=1e-3)
 
 
 def test_attack_raises_the_loss_and_more_steps_raise_it_further():
@@ -124,8 +143,13 @@ def test_cw_margin_by_hand():
     assert cw_margin(logits, y, kappa=0.).tolist() == [-6., 0., 0.]
 
 
-def test_cw_is_the_pgd_loop_on_the_margin():
+def test_cw_raises_the_margin_of_the_best_wrong_class():
     net = network(torch.float32)
-    x, y = torch.rand(4, 3, 7, 7), torch.tensor([0, 1, 2, 3])
-    options = {"eps": .03, "steps": 3, "step_size": .01, "keys": image_keys(0, 0, torch.arange(4))}
-    assert torch.equal(cw(net, x, y, **options), pgd(lambda x, y: cw_margin(net(x), y), x, y, **options))
+    x = torch.rand(16, 3, 7, 7, generator=torch.Generator().manual_seed(8))
+    y = net(x).argmax(1)
+    x_adv = cw(net, x, y, eps=.05, steps=5, step_size=.02, keys=image_keys(0, 0, torch.arange(16)))
+
+    def lead(x):
+        s = net(x)
+        return s[range(16), y] - s.scatter(1, y[:, None], -9e9).amax(1)
+    assert (lead(x_adv) < lead(x)).all()

@@ -44,6 +44,13 @@ def test_images_are_resized_to_256_then_cropped_to_224(folder):
     assert torch.equal(image, torch.from_numpy(np.asarray(by_hand).copy()).permute(2, 0, 1))
 
 
+def test_a_class_may_be_called_train(folder):
+    (folder / "val" / "Hot-Dog").rename(folder / "val" / "train")
+    assert load_task(f"folder:{folder / 'val'}", "val", size=8).class_names == ["tench", "crane bird", "train"]
+    with pytest.raises(ValueError, match="no such folder"):                              # nothing to adapt on, unsplit
+        load_task(f"folder:{folder / 'val' / 'train'}", "train", size=8)
+
+
 def test_limit_spreads_over_the_classes(folder):
     task = load_task("imagenet", "val", size=32, data_root=folder, limit=3)
     assert [task.images[i][1] for i in range(3)] == [0, 1, 2]
@@ -63,10 +70,11 @@ def test_toy_tasks_by_name():
 
 @pytest.mark.parametrize("make,said", [
     (lambda p: "nothing", "unknown task"), (lambda p: f"folder:{p / 'absent'}", "no such folder"),
-    (lambda p: f"folder:{p}", "not a folder of"), (lambda p: "imagenet", "--data-root")])
+    (lambda p: f"folder:{p}", "not a folder of"), (lambda p: "scans", "evaluation only"),
+    (lambda p: "imagenet", "--data-root")])
 def test_wrong_tasks_are_one_line_errors(tmp_path, make, said):
     with pytest.raises(ValueError, match=said) as error:
-        load_task(make(tmp_path), "val")
+        load_task(make(tmp_path), "tune" if said == "evaluation only" else "val")
     assert "\n" not in str(error.value)
 
 
@@ -86,6 +94,7 @@ def test_task_names():
     assert task_names("none", "toy") == []
     assert task_names("all", "toy") == [name for name in toyworld.TASKS if name != "seen"]
     assert task_names("all", "imagenet") == ["imagenet"]
+    assert "digits" not in task_names("all", "digits")                                   # adapted on: not zero-shot
     assert task_names("digits, letters,digits", "toy") == ["digits", "letters"]
 
 

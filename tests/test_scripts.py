@@ -1,15 +1,19 @@
 """The two stages as users run them: in subprocesses, small."""
 import json
 import re
+import runpy
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+
+from attacks import image_keys
+from eval_zeroshot import make_attack
 
 
 @pytest.fixture(scope="module")
@@ -142,51 +146,106 @@ def test_the_real_path_with_random_weights(run, photos, tmp_path, read_json):
     assert read_json(tmp_path / "eval" / "results.json")["tasks"][f"folder:{photos}"]["n"] == 8
 
 
-def test_bad_input_ends_in_one_line_and_status_2(run, photos, small_clip, tmp_path):
+def test_bad_input_ends_in_one_line_and_status_2(run, monkeypatch, capsys, tmp_path):
     empty, single = tmp_path / "empty", tmp_path / "single"
     empty.mkdir()
     (single / "cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(single / "cat" / "a.png")
-    foreign, garbage = tmp_path / "foreign.pt", tmp_path / "garbage.pt"
+    shutil.copytree(single, tmp_path / "split" / "train")
+    two = tmp_path / "two"
+    for name in ("cat", "dog"):
+        shutil.copytree(single / "cat", two / name)
+    foreign, garbage, script_file = tmp_path / "foreign.pt", tmp_path / "garbage.pt", tmp_path / "script.pt"
     torch.save({"state_dict": {}}, foreign)
+    torch.jit.trace(torch.nn.Linear(1, 1), torch.zeros(1, 1)).save(script_file)
     garbage.write_bytes(b"not a checkpoint")
     cases = [("train_tecoa.py", words, said) for words, said in (
         ("--model ViT-X-99 --pretrained openai", "unknown model"), ("--model ViT-B-32-quickgelu", "--pretrained"),
         ("--dataset imagenet", "--data-root"), (f"--dataset imagenet --data-root {tmp_path / 'absent'}", "no such folder"),
-        (f"--dataset folder:{empty}", "empty"), (f"--dataset folder:{single}", "only one class"), ("--eps -1", "--eps"),
+        (f"--dataset folder:{empty}", "empty"), ("--eps -1", "--eps"),
+        (f"--dataset folder:{tmp_path / 'split'}", "only one class"),
         ("--eps nan", "--eps"), ("--steps 0", "--steps"), ("--steps 1.5", "--steps"), ("--bogus", "--bogus"),
         ("--loss mse", "--loss"), ("--lim 3", "--lim"), ("--device tpu9", "--device"), ("--tasks digit", "unknown task"),
-        ("--batch-size 9000 --pretrained none", "--batch-size"), (f"--pretrained {garbage}", "cannot load"),
-        ("--pretrained none --out /proc/nothing", "/proc/nothing"))]
+        ("--batch-size 90000 --pretrained none", "--batch-size"), (f"--pretrained {garbage}", "cannot load"),
+        ("--pretrained none --out /proc/nothing", "/proc/nothing"), ("--pretrained none --out /proc", "/proc"),
+        ("--device meta", "--device"), ("--seed 99999999999", "--seed"), ("--norm l2", "--eps"),
+        ("--dataset scans", "scans"), (f"--dataset folder:{two}", "train"))]
     cases += [("eval_zeroshot.py", words, said) for words, said in (
         (f"--ckpt {tmp_path / 'absent.pt'}", "no checkpoint"), (f"--ckpt {foreign}", "foreign.pt"),
-        (f"--ckpt {garbage}", "garbage.pt"), (f"--tasks folder:{empty}", "empty"),
-        (f"--tasks folder:{single}", "only one class"),
+        (f"--ckpt {garbage}", "garbage.pt"), (f"--ckpt {script_file}", "script.pt"),
+        (f"--tasks folder:{empty}", "empty"), (f"--tasks folder:{single}", "only one class"),
         ("--tasks none", "nothing to evaluate"), ("--attack fgsm", "--attack"), ("--step-size 0", "--step-size"))]
 
-    def attempt(case):
-        script, words, said = case
+    def check(stdout, stderr, said):
+        assert stderr.count("\n") == 1 and said in stderr and "Traceback" not in stderr, stderr
+        assert stdout == ""
+
+    for script, words, said in cases:
+        with pytest.raises(SystemExit) as end:
+            in_process(monkeypatch, script, *words.split())
+        assert end.value.code == 2
+        check(*capsys.readouterr(), said)
+    for script, words, said in (cases[0], cases[-1]):
         done = run(script, *words.split(), status=2)
-        assert done.stderr.count("\n") == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
-        assert done.stdout == ""
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(attempt, cases))
+        check(done.stdout, done.stderr, said)
 
 
-def test_help_names_every_default(run):
+def test_help_explains_every_option_and_its_default(run):
     for script in ("train_tecoa.py", "eval_zeroshot.py"):
-        text = " ".join(run(script, "--help").stdout.split())
-        assert "radius of the ball in 1/255 (default: 1; toy: 8)" in text
+        _, *entries = re.split(r"\n  (?=--)", run(script, "--help").stdout.split("model:\n")[1])
+        for entry in entries:
+            assert "default" in entry or entry.split()[0] in ("--pretrained", "--data-root", "--limit", "--adapt",
+                                                              "--max-steps", "--model"), entry
+            assert len(entry.split()) > 4, entry
+
+
+def in_process(monkeypatch, script, *words):
+    """Run a script inside this process, where its calls can be watched."""
+    monkeypatch.setattr("sys.argv", [script, *map(str, words)])
+    return runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def test_the_text_encoder_runs_once_per_task_not_per_step(monkeypatch, tmp_path):
+    calls = []
+    encode_text = open_clip.CLIP.encode_text
+    monkeypatch.setattr(open_clip.CLIP, "encode_text", lambda self, *a: calls.append(1) or encode_text(self, *a))
+    in_process(monkeypatch, "train_tecoa.py", "--pretrained", "none", "--dataset", "digits", "--tasks", "unseen,colours",
+               "--limit", 64, "--batch-size", 32, "--max-steps", 4, "--eval-steps", 1, "--device", "cpu", "--out", tmp_path)
+    assert len(calls) == 4                          # digits to train on, the two tasks, held-out digits: one chunk each
+
+
+def test_a_bf16_run_reports_fp32_accuracy(run, small_clip, tmp_path, read_json):
+    run("train_tecoa.py", "--pretrained", small_clip, "--dtype", "bf16", "--tasks", "colours", "--limit", 200, "--max-steps",
+        3, "--warmup", 0, "--eval-steps", 4, "--out", tmp_path)
+    run("eval_zeroshot.py", "--ckpt", tmp_path / "ckpt.pt", "--dtype", "fp32", "--tasks", "colours", "--limit", 200,
+        "--steps", 4)
+    assert read_json(tmp_path / "eval" / "results.json")["tasks"] == read_json(tmp_path / "results.json")["tasks"]
+
+
+def test_the_command_lines_attack_is_not_blinded_by_confidence():
+    """A model that is sure beyond fp32's reach: cross-entropy has no gradient at all, the attack finds its way."""
+    w = torch.tensor([[1., 0.], [0., 1.]]) * 1000
+
+    def logits_fn(x):
+        return x @ w.T
+    x, y = torch.tensor([[.9, .1]]), torch.tensor([0])
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits_fn(x), y), x)
+    assert grad.abs().max() == 0
+    attack = make_attack("pgd", eps=127.5, steps=5, step_size=51, norm="linf")
+    x_adv = attack(logits_fn, x.detach(), y, image_keys(0, 0, torch.arange(1)))
+    assert torch.allclose(x_adv, torch.tensor([[.4, .6]]), atol=1e-6) and logits_fn(x_adv).argmax(1) != y
 
 
 def test_the_readmes_ten_line_fork_trains(run, tmp_path):
     """The diff in the README applies to the scripts as they are, and the loss that it adds trains."""
     (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     fork = tmp_path / "fork"
-    shutil.copytree(ROOT, fork, ignore=shutil.ignore_patterns("out", ".git", "tests", "*cache*"))
-    subprocess.run(["patch", "-p1"], input=diff, text=True, cwd=fork, check=True, capture_output=True)
-    assert 5 <= len(re.findall(r"^[+-](?![+-])", diff, re.M)) <= 12
+    shutil.copytree(ROOT / "kernels", fork / "kernels")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json"), *ROOT.glob("*.txt")]:
+        shutil.copy(path, fork)
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, cwd=fork, check=True)
+    assert 5 <= len(re.findall(r"^[+-](?![+-])", diff, re.M)) <= 14
     new = re.search(r'args\.loss == "(\w+)"', "".join(re.findall(r"^\+.*\n", diff, re.M))).group(1)
     run("train_tecoa.py", "--pretrained", "none", "--loss", new, "--limit", 128, "--batch-size", 64, "--max-steps", 2,
         "--tasks", "none", "--out", tmp_path / "out", cwd=fork)

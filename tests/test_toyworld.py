@@ -62,6 +62,27 @@ def test_class_names_say_what_is_drawn():
     assert len(squares) == 50 and right >= 45
 
 
+def test_what_each_task_draws(monkeypatch):
+    """The numbers of the scenes: objects of the right kind, labels that name them, everything else varied."""
+    first_digit, first_letter = len(SHAPES), len(SHAPES) + 10
+    for name in (name for name in TASKS if name != "scans"):
+        scene = {}
+        monkeypatch.setattr(toyworld, "draw", lambda o, c, k, line, seed, to=scene: to.update(o=o, c=c, k=k, line=line))
+        _, y = task(name, "test", 800)
+        o, c, k = scene["o"], scene["c"], scene["k"]
+        assert scene["line"].all() if name == "outlines" else not scene["line"].any()
+        low, high = {"colours": (first_digit, len(OBJECTS)), "digits": (first_digit, first_letter),
+                     "textures": (NONE, 0),
+                     "letters": (first_letter, len(OBJECTS))}.get(name, (0, first_digit))
+        assert o.min() == low and o.max() == high - 1
+        label = {"seen": [f"{list(COLOURS)[b]} {OBJECTS[a]} on a background of {TEXTURES[t]}" for a, b, t in zip(o, c, k)],
+                 "unseen": [f"{list(COLOURS)[b]} {OBJECTS[a]}" for a, b in zip(o, c)],
+                 "colours": [list(COLOURS)[b] for b in c], "textures": [TEXTURES[t] for t in k]}.get(
+                     name, [OBJECTS[a].split()[-1] for a in o])
+        assert [TASKS[name][0][i] for i in y] == label
+        assert len(c.unique()) == 10 and len(k.unique()) == 8
+
+
 def test_scans_are_scikit_learns_digits():
     images, y = task("scans", "test", None)
     assert images.shape == (1797, 3, 32, 32) and y.bincount().min() >= 170

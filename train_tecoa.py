@@ -112,7 +112,7 @@ if RANK == 0:
 # ---------------------------------------------------------------------------------------------- loss
 # Each loss says what the update minimises, `loss_fn`, and what its attack ascends, `attacked`: both [B], from net(x).
 # The attack maximises the same loss, but follows its log-odds (kernels/contrastive_loss.py says why).
-if args.loss == "tecoa":                                                   # paper, Equation 3
+if args.loss == "tecoa":                                                   # Mao et al. 2023
     net = encoder
 
     def loss_fn(z, y):

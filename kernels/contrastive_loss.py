@@ -1,4 +1,4 @@
-"""The text-guided contrastive loss: normalised image features against the class prompts (paper, Section 3.2).
+"""The text-guided contrastive loss: normalised image features against the class prompts (TeCoA, Mao et al. 2023).
 
     s_k = scale · cos(z, w_k)                       logits over all K class prompts
     cross-entropy  L = −log softmax(s)_y            what the update minimises
@@ -24,7 +24,7 @@ def log_odds(logits, y):
 
 
 def contrastive_loss(z, head, y, scale):
-    """Cross-entropy of each image with its class prompt: fp32 [B]. The `tecoa` loss (paper, Equation 3)."""
+    """Cross-entropy of each image with its class prompt: fp32 [B]. Mao et al.'s TeCoA loss."""
     return F.cross_entropy(cosine_logits(z, head, scale), y, reduction="none")
 
 

@@ -68,7 +68,8 @@ def add_options(parser, *, steps, batch_size, dtypes, attack):
     group = parser.add_argument_group("run")
     parser.option(group, "--batch-size", *batch_size, "images, over all processes", type=number(int, 1))
     group.add_argument("--seed", type=number(int, 0), default=0, help="of everything random (default: %(default)s)")
-    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                       help="cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument("--dtype", choices=dtypes, help="of the transformer blocks; pixels and patch embedding are fp32 "
                        + ("(default: bf16 on a GPU, else fp32)" if attack == "in training" else "(default: fp32)"))
     group.add_argument("--out", metavar="DIR", help="folder to write to (default: a name under out/)")

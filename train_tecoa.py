@@ -45,21 +45,22 @@ parser.option(group, "--warmup", 1000, 25, "steps of linear warm-up, before the 
 group.add_argument("--eval-steps", type=number(int, 1), default=10, help="PGD steps, of ε/4, for the two tables "
                    "(default: %(default)s)")
 args = parser.parse_args()
-asked = [f"{word.replace('_', '')}{value}" for word, value in vars(args).items() if value is not None
-         and word in ("dataset", "norm", "eps", "steps", "step_size", "limit", "epochs", "max_steps", "lr", "batch_size")]
-args.model = args.model or "toy"
-args.norm = args.norm or "linf"
+args.model, args.norm = args.model or "toy", args.norm or "linf"
 if args.norm == "l2" and args.eps is None:
     parser.error("--norm l2 needs --eps, in 1/255")
-args.dataset = args.dataset or ("toy" if args.model == "toy" else "imagenet")
-args.pretrained = args.pretrained or (f"seed{args.seed}" if args.model == "toy" else None)
+toy = args.model == "toy"
+usual = {word: values[toy] for word, values in parser.by_model.items()} | {
+    "dataset": "toy" if toy else "imagenet", "norm": "linf", "step_size": None, "limit": None, "max_steps": None}
+args.dataset = args.dataset or usual["dataset"]
+args.pretrained = args.pretrained or (f"seed{args.seed}" if toy else None)
 parser.fill(args)
-args.step_size = args.step_size or (1 if args.model != "toy" and args.norm == "linf" else 1.25 * args.eps / args.steps)
+unusual = [f"{word.replace('_', '')}{vars(args)[word]}" for word in usual if vars(args)[word] != usual[word]]
+args.step_size = args.step_size or (1 if not toy and args.norm == "linf" else 1.25 * args.eps / args.steps)
 
 # ---------------------------------------------------------------------------------------------- data and model
 device = start_processes(parser, args)
 args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-name = "-".join([args.model.removeprefix("hf-hub:"), args.loss, args.adapt, *asked, f"seed{args.seed}"])
+name = "-".join([args.model.removeprefix("hf-hub:"), args.loss, args.adapt, *unusual, f"seed{args.seed}"])
 out = Path(args.out or "out/" + name.replace("/", "-").replace(":", "-"))
 args.out = str(out)
 try:

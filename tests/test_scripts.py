@@ -12,8 +12,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from attacks import image_keys
+import toyworld
+from attacks import image_keys, random_start
 from eval_zeroshot import make_attack
+from model import load_clip
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_training_writes_what_it_promises(trained, read_json):
         assert results["config"]["loss"] == "tecoa" and results["config"]["torch"] == torch.__version__
         assert results["adapted"]["seen"]["n"] == 400
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60]                  # 2,000 // 128 × 4
+    assert [line["step"] for line in lines] == [10, 15, 20, 30, 40, 45, 50, 60]          # and at the end of an epoch of 15
     assert all(set(line) == {"step", "epoch", "loss", "lr", "images_per_s"} for line in lines)
     assert lines[1]["lr"] < lines[2]["lr"] > lines[-1]["lr"]                             # warm-up, then cosine
     assert "| task | images | classes | chance | CLIP clean | CLIP robust | tecoa clean | tecoa robust |" in printed
@@ -83,9 +85,9 @@ def test_attacks_of_the_command_line_differ(trained, run, read_json, tmp_path):
     robust = {}
     for name, words in {"none": ["--eps", 0], "linf": ["--steps", 4], "weak": ["--steps", 1, "--step-size", .5],
                         "l2": ["--norm", "l2", "--eps", 128], "cw": ["--attack", "cw", "--steps", 4]}.items():
-        run("eval_zeroshot.py", "--ckpt", trained[0] / "ckpt.pt", "--tasks", "unseen", "--limit", 200, *words, "--out",
+        run("eval_zeroshot.py", "--ckpt", trained[0] / "ckpt.pt", "--tasks", "colours", "--limit", 200, *words, "--out",
             tmp_path)
-        row = read_json(tmp_path / "results.json")["tasks"]["unseen"]
+        row = read_json(tmp_path / "results.json")["tasks"]["colours"]
         robust[name] = row["robust"]
     assert robust["none"] == row["clean"] > robust["weak"] > robust["linf"] + 5
     assert robust["l2"] < row["clean"] and abs(robust["cw"] - robust["linf"]) < 8
@@ -108,6 +110,39 @@ def test_two_processes_make_the_update_of_one(run, tmp_path, loss):
         moved = (one[name] - start[name]).norm()
         assert moved > 0, name
         assert (one[name] - two[name]).norm() < .02 * moved, name
+
+
+def test_the_update_is_that_of_an_independent_loop(run, tmp_path):
+    """Four steps by hand: PGD on the cross-entropy's sign, then SGD with momentum under warm-up and cosine."""
+    run("train_tecoa.py", "--pretrained", "none", "--tasks", "none", "--limit", 128, "--batch-size", 64, "--max-steps", 4,
+        "--warmup", 2, "--lr", .02, "--eps", 6, "--steps", 2, "--step-size", 4, "--out", tmp_path)
+    clip, tokenizer = load_clip("toy", "none")
+    names, template = toyworld.TASKS["seen"]
+    with torch.no_grad():
+        text = clip.encode_text(tokenizer([template.format(name.lower()) for name in names]))
+        text = text / text.norm(dim=-1, keepdim=True)
+    images, labels = toyworld.task("seen", "train", 128)
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+
+    def loss(x, y):
+        z = torch.nn.functional.normalize(clip.encode_image((x - mean) / std), dim=-1)
+        return torch.nn.functional.cross_entropy(clip.logit_scale.exp() * z @ text.T, y)
+
+    weights = list(clip.visual.requires_grad_(True).parameters())
+    start, velocity = [p.detach().clone() for p in weights], [torch.zeros_like(p) for p in weights]
+    for step, lr in enumerate((.01, .02, .02, .02 * (1 + np.cos(np.pi / 4)) / 2)):        # 3 epochs of 2 steps, 4 of them
+        order = torch.randperm(128, generator=torch.Generator().manual_seed(step // 2))[64 * (step % 2):][:64]
+        x, y = images[order].float() / 255, labels[order]
+        x_adv = random_start(x, 6 / 255, "linf", image_keys(0, step // 2, order))
+        for _ in range(2):
+            (grad,) = torch.autograd.grad(loss(x_adv.requires_grad_(), y), x_adv)
+            x_adv = (x + (x_adv.detach() + 4 / 255 * grad.sign() - x).clamp(-6 / 255, 6 / 255)).clamp(0, 1)
+        for p, v, g in zip(weights, velocity, torch.autograd.grad(loss(x_adv, y), weights)):
+            v.mul_(.9).add_(g)
+            p.data.sub_(lr * v)
+    found = visual(tmp_path)
+    for (name, p), before in zip(clip.visual.named_parameters(), start):
+        assert (found["visual." + name] - p).norm() < .02 * (p - before).norm(), name
 
 
 def test_same_seed_same_bits_and_other_seed_others(run, tmp_path):
@@ -135,15 +170,16 @@ def photos(tmp_path_factory):
 def test_the_real_path_with_random_weights(run, photos, tmp_path, read_json):
     """ViT-B/32 on a folder in ImageNet's layout, then its checkpoint on another folder."""
     model = ("--model", "ViT-B-32-quickgelu", "--pretrained", "none", "--device", "cpu", "--workers", 1)
-    run("train_tecoa.py", *model, "--dataset", "imagenet", "--data-root", photos, "--batch-size", 4, "--max-steps", 2,
-        "--eval-steps", 1, "--out", tmp_path)
-    results = read_json(tmp_path / "results.json")
+    run(ROOT / "train_tecoa.py", *model, "--dataset", "imagenet", "--data-root", photos, "--batch-size", 4, "--max-steps", 2,
+        "--eval-steps", 1, cwd=tmp_path)
+    out = tmp_path / "out" / "ViT-B-32-quickgelu-tecoa-full-batchsize4-maxsteps2-seed0"   # what is not the default
+    results = read_json(out / "results.json")
     check_schema(results, ["imagenet"])
     config = results["config"]
     assert (config["eps"], config["steps"], config["step_size"], config["lr"], config["warmup"], config["epochs"]) == (
         1, 2, 1, 1e-5, 1000, 10)
-    run("eval_zeroshot.py", "--ckpt", tmp_path / "ckpt.pt", "--tasks", f"folder:{photos}", "--steps", 1, "--device", "cpu")
-    assert read_json(tmp_path / "eval" / "results.json")["tasks"][f"folder:{photos}"]["n"] == 8
+    run("eval_zeroshot.py", "--ckpt", out / "ckpt.pt", "--tasks", f"folder:{photos}", "--steps", 1, "--device", "cpu")
+    assert read_json(out / "eval" / "results.json")["tasks"][f"folder:{photos}"]["n"] == 8
 
 
 def test_bad_input_ends_in_one_line_and_status_2(run, monkeypatch, capsys, tmp_path):

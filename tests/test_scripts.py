@@ -216,6 +216,7 @@ def test_bad_input_ends_in_one_line_and_status_2(run, monkeypatch, capsys, tmp_p
         assert stderr.count("\n") == 1 and said in stderr and "Traceback" not in stderr, stderr
         assert stdout == ""
 
+    monkeypatch.chdir(tmp_path)                     # for the folders that --out is made of
     for script, words, said in cases:
         with pytest.raises(SystemExit) as end:
             in_process(monkeypatch, script, *words.split())

@@ -16,7 +16,7 @@ import toyworld
 from prompts import imagenet_class_names
 
 TEMPLATE = "This is a photo of a {}"                 # the paper's, without a full stop
-TOY_TRAIN, TOY_TEST = 16384, 400                      # images drawn to adapt on, and per task to evaluate on
+TOY_TRAIN, TOY_TEST = 16384, 400                     # images drawn to adapt on, and per task to evaluate on
 TOY_ADAPTED = "seen"                                 # the one toy task to adapt on; the others are zero-shot
 
 

@@ -105,8 +105,6 @@ def examples(encoder, heads, scale, tasks, attack, *, seed, chosen=None):
     if chosen is not None:
         places = [(task, [example["position"]]) for (task, _), example in zip(places, chosen)]
     for task, positions in places:
-        if not positions:                           # fewer images than columns
-            continue
         head = heads[task.name]
         x, y, index = torch.utils.data.default_collate([task.images[p] for p in positions])
         x, y, index = x.to(head.device).float() / 255, y.to(head.device), index.to(head.device)

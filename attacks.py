@@ -7,22 +7,10 @@ loss_fn(x, y) → [B]: one loss per image, to be maximised. Pass the log-odds ra
 alone, so each image gets the result that it would get in any other batch; freeze the weights before.
 All randomness comes from `keys`, one number per image.
 """
-import math
-
 import torch
 
-from kernels.pgd_step import l2_norm, pgd_step
-
-MASK64 = (1 << 64) - 1
-GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)              # splitmix64's increment, as a signed number
-
-
-def _mix(t):
-    """splitmix64's finaliser (Steele et al. 2014) on int64, whose products wrap: neighbours come out unrelated."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        t = t ^ ((t >> shift) & (MASK64 >> shift))  # a logical shift
-        t = t * (factor if factor < 1 << 63 else factor - (1 << 64))
-    return t
+from kernels.pgd_step import pgd_step, to_float
+from kernels.random_start import GOLDEN, mix, random_start
 
 
 def image_keys(seed, round, index):
@@ -30,40 +18,20 @@ def image_keys(seed, round, index):
 
     The random start follows from it, and so depends on neither batch, process nor device.
     """
-    key = _mix(torch.as_tensor(seed, dtype=torch.int64) + GOLDEN)
-    key = _mix(key + round + GOLDEN)
-    return _mix(key.to(index.device) + index.to(torch.int64) * GOLDEN)
-
-
-def uniform(keys, shape, stream=0):
-    """Uniform in [0,1): fp32 [B, *shape] from int64 keys [B]. Other streams of the same keys are independent."""
-    count = math.prod(shape)
-    counter = torch.arange(1, count + 1, device=keys.device) * GOLDEN
-    bits = _mix(_mix(keys + stream)[:, None] + counter)
-    return (((bits >> 40) & 0xFFFFFF).float() / (1 << 24)).view(len(keys), *shape)
-
-
-def random_start(x, eps, norm, keys):
-    """x plus noise uniform in the ε-ball, clipped to [0,1]; float like x [B, ...]."""
-    shape = x.shape[1:]
-    if norm == "linf":
-        delta = (2 * uniform(keys, shape) - 1) * eps
-    else:                                           # a direction uniform on the sphere, a radius ∝ u^(1/dimension)
-        radius, turn = 1 - uniform(keys, shape), uniform(keys, shape, stream=1)
-        normal = (-2 * radius.log()).sqrt() * torch.cos(2 * math.pi * turn)                 # Box–Muller
-        length = uniform(keys, (1,) * len(shape), stream=2) ** (1 / math.prod(shape))
-        delta = normal / l2_norm(normal) * length * eps
-    return (x + delta.to(x.dtype)).clamp(0, 1)
+    index = index.to(torch.int64)
+    key = mix(torch.full_like(index, seed) + GOLDEN)                      # on the index's device: nothing waits for it
+    key = mix(key + round + GOLDEN)
+    return mix(key + index * GOLDEN)
 
 
 def pgd(loss_fn, x, y, *, eps, steps, step_size, norm="linf", keys=None):
     """Projected gradient ascent on loss_fn (Madry et al. 2018); the last iterate, detached.
 
-    x: float [B, ...] in [0,1]; y: whatever loss_fn takes. eps, step_size: fractions of the pixel range (linf) or L2
-    lengths (l2). keys: int64 [B] for a random start (`image_keys`); None starts at x.
-    The result lies in [0,1] and within eps of x.
+    x: float [B, ...] in [0,1], or uint8; y: whatever loss_fn takes, which gets float x. eps, step_size: fractions of the
+    pixel range (linf) or L2 lengths (l2). keys: int64 [B] for a random start (`image_keys`); None starts at x.
+    The result lies in [0,1] and within eps of x; fp32, or fp64 for an x in fp64.
     """
-    x_adv = x if keys is None else random_start(x, eps, norm, keys)
+    x_adv = to_float(x) if keys is None else random_start(x, eps, norm, keys)
     for _ in range(steps):
         x_adv = x_adv.detach().requires_grad_()
         (grad,) = torch.autograd.grad(loss_fn(x_adv, y).sum(), x_adv)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import kernels
+
 RANK, WORLD, LOCAL = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
@@ -72,6 +74,11 @@ def add_options(parser, *, steps, batch_size, dtypes, attack):
                        help="cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument("--dtype", choices=dtypes, help="of the transformer blocks; pixels and patch embedding are fp32 "
                        + ("(default: bf16 on a GPU, else fp32)" if attack == "in training" else "(default: fp32)"))
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile "
+                       + ("the attack and the update" if attack == "in training" else "the image encoder")
+                       + ", a minute at the start (default: on a GPU)")
+    group.add_argument("--kernels", choices=("auto", "triton", "torch"), default="auto", help="auto: Triton on a GPU, else "
+                       "the same in PyTorch (default: %(default)s)")
     group.add_argument("--out", metavar="DIR", help="folder to write to (default: a name under out/)")
 
 
@@ -79,7 +86,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def start_processes(parser, args):
-    """Join the other processes of a torchrun, if any; the device of this one."""
+    """Join the other processes of a torchrun, if any; the device of this one. Settles --compile and --kernels."""
     try:
         device = torch.device(args.device)
         if device.type == "cuda":
@@ -89,6 +96,14 @@ def start_processes(parser, args):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    if args.compile is None:
+        args.compile = device.type == "cuda" and kernels.COMPILER
+    elif args.compile and not kernels.COMPILER:
+        parser.error("--compile needs a C compiler, such as gcc")
+    try:
+        kernels.use(args.kernels, device)
+    except ValueError as error:
+        parser.error(str(error))
     if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

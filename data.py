@@ -99,6 +99,21 @@ def task_names(words, dataset):
     return list(dict.fromkeys(filter(None, (word.strip() for word in words.split(",")))))
 
 
+def on_device(loader, device):
+    """A loader's batches on device, as lists. To a GPU they travel beside its work on the batches before."""
+    if device.type != "cuda":
+        yield from ([tensor.to(device) for tensor in batch] for batch in loader)
+        return
+    copies, work = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for batch in loader:
+        with torch.cuda.stream(copies):
+            batch = [tensor.to(device, non_blocking=True) for tensor in batch]
+        work.wait_stream(copies)
+        for tensor in batch:
+            tensor.record_stream(work)                # its memory is not reused before `work` is done with it
+        yield batch
+
+
 def batches(task, order, batch_size, workers):
     """A DataLoader over the images of `task` in `order` (positions): uint8 [B,3,H,W], labels [B], image numbers [B].
 

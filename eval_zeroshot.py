@@ -17,18 +17,22 @@ from tqdm import tqdm
 from attacks import cw, image_keys, pgd
 from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, start_processes, writable_folder,
                  write_json)
-from data import batches, load_task, task_names
-from kernels.contrastive_loss import cosine_logits, log_odds
+from data import batches, load_task, on_device, task_names
+from kernels.contrastive_loss import contrast, contrastive_log_odds, cosine_logits
+from kernels.pgd_step import to_float
 from model import ImageEncoder, image_size, load_clip, load_visual, read_checkpoint
 from prompts import encode_head
 
 # ---------------------------------------------------------------------------------------------- evaluation
 def make_attack(name, *, eps, steps, step_size, norm):
-    """attack(logits_fn, x, y, keys) → x_adv from the command line's words; eps and step_size in 1/255."""
+    """attack(encoder, head, scale, x, y, keys) → x_adv from the command line's words; eps and step_size in 1/255."""
     options = {"eps": eps / 255, "steps": steps, "step_size": step_size / 255, "norm": norm}
-    if name == "cw":
-        return lambda logits_fn, x, y, keys: cw(logits_fn, x, y, keys=keys, **options)
-    return lambda logits_fn, x, y, keys: pgd(lambda x, y: log_odds(logits_fn(x), y), x, y, keys=keys, **options)
+
+    def attack(encoder, head, scale, x, y, keys):
+        if name == "cw":
+            return cw(lambda x: cosine_logits(encoder(x), head, scale), x, y, keys=keys, **options)
+        return pgd(lambda x, y: contrastive_log_odds(encoder(x), head, y, scale), x, y, keys=keys, **options)
+    return attack
 
 
 def evaluate(encoder, head, scale, task, attack, *, batch_size, seed, workers=0, bar=None):
@@ -41,18 +45,16 @@ def evaluate(encoder, head, scale, task, attack, *, batch_size, seed, workers=0,
     mine = range(RANK, len(task.images), WORLD)
     counts = torch.zeros(3, dtype=torch.int64, device=device)           # images, clean, robust
 
-    def logits_fn(x):
-        return cosine_logits(encoder(x), head, scale)
+    @torch.no_grad()
+    def classified_rightly(x, y):
+        return contrast(encoder(x), head, y, scale)[1] == y
 
-    for x, y, index in batches(task, list(mine), max(1, batch_size // WORLD), workers):
-        x, y, index = x.to(device).float() / 255, y.to(device), index.to(device)
-        with torch.no_grad():
-            right = logits_fn(x).argmax(1) == y
+    for x, y, index in on_device(batches(task, list(mine), max(1, batch_size // WORLD), workers), device):
+        right = classified_rightly(to_float(x), y)
         survives = right.clone()
         if right.any():
-            x_adv = attack(logits_fn, x[right], y[right], image_keys(seed, 0, index[right]))
-            with torch.no_grad():
-                survives[right] = logits_fn(x_adv).argmax(1) == y[right]
+            x_adv = attack(encoder, head, scale, x[right], y[right], image_keys(seed, 0, index[right]))
+            survives[right] = classified_rightly(x_adv, y[right])
         counts += torch.stack([right.new_tensor(len(y), dtype=torch.int64), right.sum(), survives.sum()])
         if bar is not None:
             bar.update(len(y) * WORLD)
@@ -107,18 +109,14 @@ def examples(encoder, heads, scale, tasks, attack, *, seed, chosen=None):
     for task, positions in places:
         head = heads[task.name]
         x, y, index = torch.utils.data.default_collate([task.images[p] for p in positions])
-        x, y, index = x.to(head.device).float() / 255, y.to(head.device), index.to(head.device)
-
-        def logits_fn(x, head=head):
-            return cosine_logits(encoder(x), head, scale)
-
+        x, y, index = to_float(x.to(head.device)), y.to(head.device), index.to(head.device)
         with torch.no_grad():
-            clean = logits_fn(x).argmax(1)
+            clean = contrast(encoder(x), head, y, scale)[1]
         k = int((clean == y).int().argmax())
         x, y, clean = x[k:k + 1], y[k:k + 1], clean[k:k + 1]
-        x_adv = attack(logits_fn, x, y, image_keys(seed, 0, index[k:k + 1]))
+        x_adv = attack(encoder, head, scale, x, y, image_keys(seed, 0, index[k:k + 1]))
         with torch.no_grad():
-            adversarial = logits_fn(x_adv).argmax(1)
+            adversarial = contrast(encoder(x_adv), head, y, scale)[1]
         names = [task.class_names[int(label)] for label in (y, clean, adversarial)]
         found.append({"task": task.name, "position": positions[k], "x": x[0].cpu(), "x_adv": x_adv[0].cpu(),
                       **dict(zip(("truth", "clean", "adversarial"), names))})
@@ -198,6 +196,8 @@ def main():
         parser.error(str(error))
 
     encoder = ImageEncoder(clip, DTYPES[args.dtype])
+    if args.compile:
+        encoder.compile(dynamic=True)                                          # the images still standing are of any number
     scale = clip.logit_scale.exp().item()
     heads = {task.name: encode_head(clip, tokenizer, task.class_names, task.template) for task in tasks}
     attack = make_attack(args.attack, eps=args.eps, steps=args.steps, step_size=args.step_size, norm=args.norm)

@@ -1,6 +1,7 @@
 """CLIP: loading one, the differentiable path pixels → features, which parameters train, reading and writing checkpoints."""
 import hashlib
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
 import toyworld
@@ -69,10 +70,27 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
     return clip.requires_grad_(False).eval().to(device), open_clip.get_tokenizer(name)
 
 
+def run_block(block, x, count=None):
+    """open_clip's residual attention block on tokens x [B, N, width] → the first `count` of its outputs (None: all).
+
+    The block's own forward computes all, and puts the tokens before the batch, where a product with frozen weights
+    falls apart into N small ones.
+    """
+    attention, h = block.attn, block.ln_1(x)
+    weight, bias, width, heads = attention.in_proj_weight, attention.in_proj_bias, x.shape[2], attention.num_heads
+    q = F.linear(h[:, :count], weight[:width], bias[:width])
+    k, v = F.linear(h, weight[width:], bias[width:]).chunk(2, -1)
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))                 # [B, heads, N, width/heads]
+    h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    x = x[:, :count] + block.ls_1(attention.out_proj(h))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
 class ImageEncoder(nn.Module):
     """F_θ, the differentiable path from pixels to features: resize, normalise, patch embedding, blocks, projection.
 
-    forward: x fp32 [B, 3, H, W] in [0,1], at the data set's own resolution → z fp32 [B, D], not normalised.
+    forward: x fp32 [B, 3, H, W] in [0,1], at the data set's own resolution, or fp32 [B, h·w, 3·p·p] from `patchify`
+    → z fp32 [B, D], not normalised.
     Everything up to the tokens is fp32, because bf16 rounds a pixel by up to half of 1/255; the blocks run in `dtype`.
     """
 
@@ -81,20 +99,39 @@ class ImageEncoder(nn.Module):
         self.visual, self.dtype = clip.visual, dtype
         device = clip.logit_scale.device
         statistics = clip.visual.preprocess_cfg                        # of the loaded weights: CLIP's, not ImageNet's
-        self.register_buffer("mean", torch.tensor(statistics["mean"], device=device).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(statistics["std"], device=device).view(3, 1, 1), persistent=False)
+        area = math.prod(clip.visual.patch_size)
+        for name in ("mean", "std"):                                   # [3·p·p], of each pixel of a patch
+            columns = torch.tensor(statistics[name], device=device).repeat_interleave(area)
+            self.register_buffer(name, columns, persistent=False)
+
+    def patchify(self, x):
+        """[B, 3, H, W] → [B, h·w, 3·p·p], any dtype: what the patch embedding multiplies. H, W: the model's own.
+
+        An attack that stays in this layout never rearranges a pixel: its gradient comes out of a matrix product just
+        as its next input goes into one.
+        """
+        (h, w), (p, q) = self.visual.grid_size, self.visual.patch_size
+        return x.view(len(x), 3, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(len(x), h * w, 3 * p * q)
 
     def forward(self, x):
         visual, device = self.visual, x.device.type
         with torch.autocast(device, enabled=False):
-            if x.shape[-2:] != visual.image_size:
-                x = F.interpolate(x, visual.image_size, mode="bicubic", antialias=True)
-            x = visual.conv1((x - self.mean) / self.std)                                        # [B, width, h, w]
-            patches = x.flatten(2).transpose(1, 2)                                              # [B, h·w, width]
+            if x.ndim == 4:
+                if x.shape[-2:] != visual.image_size:
+                    x = F.interpolate(x, visual.image_size, mode="bicubic", antialias=True)
+                x = self.patchify(x)
+            # conv1((x − mean) / std): its stride is its size, so it is a product; normalising goes into its weights
+            weight = visual.conv1.weight.flatten(1) / self.std                                  # [width, 3·p·p]
+            patches = F.linear(x, weight, -(weight * self.mean).sum(1))                         # [B, h·w, width]
             first = visual.class_embedding.expand(len(x), 1, -1)
             tokens = visual.ln_pre(torch.cat([first, patches], 1) + visual.positional_embedding)
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
-            tokens = visual.transformer(tokens)
+            blocks = visual.transformer.resblocks
+            if all(type(block) is ResidualAttentionBlock for block in blocks):
+                for block in blocks:                                   # the features are the class token's, and of the
+                    tokens = run_block(block, tokens, 1 if block is blocks[-1] else None)   # last block nothing else is used
+            else:
+                tokens = visual.transformer(tokens)
             z = visual.ln_post(tokens[:, 0])
             if visual.proj is not None:
                 z = z @ visual.proj

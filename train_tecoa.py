@@ -23,7 +23,7 @@ from tqdm import tqdm
 from attacks import image_keys, pgd
 from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes,
                  writable_folder, write_json)
-from data import batches, load_task, task_names
+from data import batches, load_task, on_device, task_names
 from eval_zeroshot import draw_examples, evaluate_tasks, examples, make_attack, markdown_table
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, log_odds
 from model import ImageEncoder, image_size, load_clip, save_checkpoint
@@ -112,7 +112,8 @@ if RANK == 0:
 
 # ---------------------------------------------------------------------------------------------- loss
 # Each loss says what the update minimises, `loss_fn`, and what its attack ascends, `attacked`: both [B], from net(x).
-# The attack maximises the same loss, but follows its log-odds (kernels/contrastive_loss.py says why).
+# The attack maximises the same loss, but follows its log-odds (kernels/contrastive_loss.py says why). `loss_fn` also
+# gives the predicted classes [B], for the log.
 if args.loss == "tecoa":                                                   # Mao et al. 2023
     net = encoder
 
@@ -126,14 +127,26 @@ elif args.loss == "ce":                                                    # sta
     net = nn.Sequential(encoder, nn.Linear(head.shape[1], len(head)).to(device))
 
     def loss_fn(logits, y):
-        return F.cross_entropy(logits, y, reduction="none")
+        return F.cross_entropy(logits, y, reduction="none"), logits.argmax(1)
 
     attacked = log_odds
 
 net.requires_grad_(True)
 trained = {id(p) for p in net.parameters()}
-optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=.9)
+optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=.9, fused=True)
 ddp = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None) if WORLD > 1 else net
+
+
+def attack_loss(x, y):                                                     # past DDP, which has nothing to share here
+    return attacked(net(x), y)
+
+
+def update_loss(x, y):
+    return loss_fn(ddp(x), y)
+
+
+if args.compile:
+    attack_loss, update_loss = torch.compile(attack_loss), torch.compile(update_loss)
 
 # ---------------------------------------------------------------------------------------------- training loop
 per_epoch = len(train.images) // args.batch_size                           # the ragged last batch is left out
@@ -142,13 +155,14 @@ total = min(schedule_steps, args.max_steps or schedule_steps)
 log = open(out / "log.jsonl", "w") if RANK == 0 else None
 bar = tqdm(total=total, desc=f"{args.loss} on {train.name}", unit="step", disable=RANK > 0)
 torch.set_float32_matmul_precision("high")                                # TF32 is fine to train with, not to report with
-step, since, seen = 0, time.perf_counter(), 0
+step, since, seen, sums = 0, time.perf_counter(), 0, torch.zeros(2, device=device)   # since the last line of the log
 for epoch in range(args.epochs):
     gen = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
     order = torch.randperm(len(train.images), generator=gen)[:per_epoch * args.batch_size]
     mine = order.view(per_epoch, args.batch_size)[:, RANK::WORLD].flatten().tolist()
-    for x, y, index in batches(train, mine, args.batch_size // WORLD, args.workers):
-        x, y = x.to(device, non_blocking=True).float() / 255, y.to(device, non_blocking=True)
+    for x, y, index in on_device(batches(train, mine, args.batch_size // WORLD, args.workers), device):
+        if x.shape[-2:] == encoder.visual.image_size:                      # uint8 [B,3,H,W] → [B,h·w,3·p·p], for all of the step
+            x = encoder.patchify(x)
         warm = step < args.warmup                                          # linear warm-up, then cosine to 0
         lr = args.lr * ((step + 1) / args.warmup if warm else
                         (1 + math.cos(math.pi * (step - args.warmup) / (schedule_steps - args.warmup))) / 2)
@@ -156,14 +170,14 @@ for epoch in range(args.epochs):
 
         # 1. attack: x_adv = argmax over ‖δ‖ ≤ ε of the loss, weights frozen, gradient to the pixels alone
         net.requires_grad_(False)
-        x_adv = pgd(lambda x, y: attacked(net(x), y), x, y, eps=args.eps / 255, steps=args.steps,
-                    step_size=args.step_size / 255, norm=args.norm, keys=image_keys(args.seed, epoch, index).to(device))
+        x_adv = pgd(attack_loss, x, y, eps=args.eps / 255, steps=args.steps, step_size=args.step_size / 255, norm=args.norm,
+                    keys=image_keys(args.seed, epoch, index))
         net.requires_grad_(True)
 
         # 2. update: minimise the loss on the adversarial images alone
-        loss = loss_fn(ddp(x_adv), y).mean()
+        losses, predicted = update_loss(x_adv, y)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses.mean().backward()
         if step == 0:
             wrong = [name for name, p in [*net.named_parameters(), *clip.named_parameters()]
                      if (p.grad is not None) != (id(p) in trained)]
@@ -172,19 +186,21 @@ for epoch in range(args.epochs):
         optimizer.step()
 
         step, seen = step + 1, seen + args.batch_size
+        sums += torch.stack([losses.detach().sum(), (predicted == y).sum()])
         bar.update()
         if step % 10 == 0 or step % per_epoch == 0 or step == total:
-            mean_loss = loss.detach().clone()
             if WORLD > 1:
-                dist.all_reduce(mean_loss, dist.ReduceOp.SUM)
-            mean_loss, now = mean_loss.item() / WORLD, time.perf_counter()
-            rate, since, seen = seen / (now - since), now, 0
-            bar.set_postfix(loss=f"{mean_loss:.3f}", images_per_s=f"{rate:.0f}")
+                dist.all_reduce(sums)
+            loss, accuracy = (sums / seen).tolist()                        # the one place where the GPU is waited for
+            rate = seen / (time.perf_counter() - since)
+            since, seen = time.perf_counter(), 0
+            sums.zero_()
+            bar.set_postfix(loss=f"{loss:.3f}", robust=f"{100 * accuracy:.1f}%", images_per_s=f"{rate:.0f}")
             if RANK == 0:
-                print(json.dumps({"step": step, "epoch": epoch, "loss": mean_loss, "lr": lr,
+                print(json.dumps({"step": step, "epoch": epoch, "loss": loss, "robust": 100 * accuracy, "lr": lr,
                                   "images_per_s": round(rate, 1)}), file=log, flush=True)
-            if not math.isfinite(mean_loss):
-                sys.exit(f"{parser.prog}: the loss is {mean_loss} at step {step}; try a smaller --lr")
+            if not math.isfinite(loss):
+                sys.exit(f"{parser.prog}: the loss is {loss} at step {step}; try a smaller --lr")
         if step == total:
             break
     if RANK == 0:

@@ -7,19 +7,40 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():                   # then Triton's kernels are tested in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"            # before anything imports them
+
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(config, items):
+    """`-m cuda` are the tests that need a GPU; without one they are left out."""
+    if not torch.cuda.is_available():
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cuda")])
+        items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def triton_on(request):
+    """The device, with its Triton kernels chosen for the duration of a test: interpreted, or on the GPU."""
+    import kernels
+    if request.param == "cuda" or kernels.INTERPRET:
+        kernels.use("triton", torch.device(request.param))
+    yield request.param
+    kernels.use("auto", torch.device(request.param))
 
 
 @pytest.fixture(scope="session")
 def run():
     """run(script, *words) → CompletedProcess of a real command in the repository; processes=N for torchrun."""
-    def call(script, *words, processes=1, cwd=ROOT, status=0):
+    def call(script, *words, processes=1, cwd=ROOT, status=0, **environment):
         start = [sys.executable] if processes == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "2" if processes == 1 else "1", "HF_HUB_OFFLINE": "1",
+                                    "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"} | environment
         done = subprocess.run([*start, script, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                              env=os.environ | {"OMP_NUM_THREADS": "2" if processes == 1 else "1", "HF_HUB_OFFLINE": "1",
-                                                "CUDA_VISIBLE_DEVICES": ""})
+                              env=environment)
         assert done.returncode == status, done.stderr[-3000:]
         return done
     return call

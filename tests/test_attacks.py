@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import nn
 
-from attacks import cw, cw_margin, image_keys, pgd, random_start, uniform
+from attacks import cw, cw_margin, image_keys, pgd, random_start
+from kernels.random_start import uniform
 from kernels.contrastive_loss import log_odds
 
 

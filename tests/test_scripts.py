@@ -1,9 +1,11 @@
 """The two stages as users run them: in subprocesses, small."""
 import json
+import os
 import re
 import runpy
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import open_clip
@@ -11,10 +13,13 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import toyworld
 from attacks import image_keys, random_start
 from eval_zeroshot import make_attack
+from kernels.contrastive_loss import cosine_logits
 from model import load_clip
 
 
@@ -46,7 +51,7 @@ def test_training_writes_what_it_promises(trained, read_json):
         assert results["adapted"]["seen"]["n"] == 400
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 15, 20, 30, 40, 45, 50, 60]          # and at the end of an epoch of 15
-    assert all(set(line) == {"step", "epoch", "loss", "lr", "images_per_s"} for line in lines)
+    assert all(set(line) == {"step", "epoch", "loss", "robust", "lr", "images_per_s"} for line in lines)
     assert lines[1]["lr"] < lines[2]["lr"] > lines[-1]["lr"]                             # warm-up, then cosine
     assert "| task | images | classes | chance | CLIP clean | CLIP robust | tecoa clean | tecoa robust |" in printed
     with Image.open(out / "examples.png") as picture:
@@ -128,21 +133,60 @@ def test_the_update_is_that_of_an_independent_loop(run, tmp_path):
         z = torch.nn.functional.normalize(clip.encode_image((x - mean) / std), dim=-1)
         return torch.nn.functional.cross_entropy(clip.logit_scale.exp() * z @ text.T, y)
 
-    weights = list(clip.visual.requires_grad_(True).parameters())
+    (p, _), weights = clip.visual.patch_size, list(clip.visual.requires_grad_(True).parameters())
     start, velocity = [p.detach().clone() for p in weights], [torch.zeros_like(p) for p in weights]
     for step, lr in enumerate((.01, .02, .02, .02 * (1 + np.cos(np.pi / 4)) / 2)):        # 3 epochs of 2 steps, 4 of them
         order = torch.randperm(128, generator=torch.Generator().manual_seed(step // 2))[64 * (step % 2):][:64]
         x, y = images[order].float() / 255, labels[order]
-        x_adv = random_start(x, 6 / 255, "linf", image_keys(0, step // 2, order))
+        # the noise runs over the pixels patch by patch: [B, 3, h, p, w, p] with the patches' numbers first
+        patches = x.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
+        x_adv = random_start(patches, 6 / 255, "linf", image_keys(0, step // 2, order))
+        x_adv = x_adv.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
         for _ in range(2):
             (grad,) = torch.autograd.grad(loss(x_adv.requires_grad_(), y), x_adv)
             x_adv = (x + (x_adv.detach() + 4 / 255 * grad.sign() - x).clamp(-6 / 255, 6 / 255)).clamp(0, 1)
-        for p, v, g in zip(weights, velocity, torch.autograd.grad(loss(x_adv, y), weights)):
+        for weight, v, g in zip(weights, velocity, torch.autograd.grad(loss(x_adv, y), weights)):
             v.mul_(.9).add_(g)
-            p.data.sub_(lr * v)
+            weight.data.sub_(lr * v)
     found = visual(tmp_path)
     for (name, p), before in zip(clip.visual.named_parameters(), start):
         assert (found["visual." + name] - p).norm() < .02 * (p - before).norm(), name
+
+
+@pytest.mark.parametrize("loss,processes", [("tecoa", 1), ("ce", 2)])
+def test_compiled_training_makes_the_same_update_and_compiles_once(run, tmp_path, loss, processes):
+    words = ("--pretrained", "none", "--loss", loss, "--tasks", "none", "--limit", 200, "--batch-size", 64, "--max-steps", 5,
+             "--warmup", 0, "--lr", .02)
+    eager, compiled, start = ("--no-compile",), ("--compile",), ("--lr", 0)
+    for name, more in (("eager", eager), ("compiled", compiled), ("start", start)):
+        done = run("train_tecoa.py", *words, *more, "--out", tmp_path / name, processes=processes,
+                   TORCH_LOGS="recompiles")                                   # says so whenever it does
+        assert "Recompiling" not in done.stderr
+    eager, compiled, start = (visual(tmp_path / name) for name in ("eager", "compiled", "start"))
+    for name in start:
+        moved = (eager[name] - start[name]).norm()
+        assert moved > 0 and (eager[name] - compiled[name]).norm() < .02 * moved, name
+    assert not all(torch.equal(eager[name], compiled[name]) for name in start)    # other arithmetic did run
+
+
+def test_training_with_triton_kernels_makes_the_same_update(run, tmp_path):
+    words = ("--pretrained", "none", "--tasks", "none", "--limit", 16, "--batch-size", 8, "--max-steps", 2, "--warmup", 0,
+             "--lr", .02)
+    for name in ("torch", "triton"):
+        run("train_tecoa.py", *words, "--kernels", name, "--out", tmp_path / name, TRITON_INTERPRET="1")
+    run("train_tecoa.py", *words, "--lr", 0, "--out", tmp_path / "start")
+    plain, fused, start = (visual(tmp_path / name) for name in ("torch", "triton", "start"))
+    for name in start:
+        moved = (plain[name] - start[name]).norm()
+        assert moved > 0 and (plain[name] - fused[name]).norm() < .02 * moved, name
+
+
+def test_compiled_evaluation_counts_the_same(trained, run, read_json, tmp_path):
+    words = ("--ckpt", trained[0] / "ckpt.pt", "--tasks", "colours", "--limit", 150, "--batch-size", 64, "--steps", 2)
+    for name in ("--compile", "--no-compile"):
+        run("eval_zeroshot.py", *words, name, "--out", tmp_path / name)
+    rows = [read_json(tmp_path / name / "results.json")["tasks"]["colours"] for name in ("--compile", "--no-compile")]
+    assert all(abs(rows[0][kind] - rows[1][kind]) < 1 for kind in ("clean", "robust"))
 
 
 def test_same_seed_same_bits_and_other_seed_others(run, tmp_path):
@@ -222,9 +266,11 @@ def test_bad_input_ends_in_one_line_and_status_2(run, monkeypatch, capsys, tmp_p
             in_process(monkeypatch, script, *words.split())
         assert end.value.code == 2
         check(*capsys.readouterr(), said)
-    for script, words, said in (cases[0], cases[-1]):
+    for script, words, said in (cases[0], cases[-1], ("train_tecoa.py", "--kernels triton --device cpu", "need a GPU")):
         done = run(script, *words.split(), status=2)
         check(done.stdout, done.stderr, said)
+    done = run("train_tecoa.py", "--compile", status=2, PATH=os.path.dirname(sys.executable), CC="gcc")
+    check(done.stdout, done.stderr, "C compiler")
 
 
 def test_help_explains_every_option_and_its_default(run):
@@ -251,6 +297,33 @@ def test_the_text_encoder_runs_once_per_task_not_per_step(monkeypatch, tmp_path)
     assert len(calls) == 4                          # digits to train on, the two tasks, held-out digits: one chunk each
 
 
+class Operations(TorchDispatchMode):
+    """Counts the FLOPs of all that runs inside, and what would make the CPU wait for a GPU."""
+    flops = waits = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out, packet = operator(*args, **(kwargs or {})), operator._overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        by_mask = packet is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.waits += by_mask or str(packet) in ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal")
+        return out
+
+
+def test_a_step_costs_at_most_62_gflop_an_image_and_waits_for_nothing(monkeypatch, photos, tmp_path):
+    """ViT-B/32, PGD-2. Two forwards and input gradients of the attack, one forward and backward of the update; the
+    weights' gradients in the attack alone would add 17 each time."""
+    marks, step = [], torch.optim.SGD.step
+    with Operations() as count:
+        monkeypatch.setattr(torch.optim.SGD, "step", lambda self: [step(self), marks.append((count.flops, count.waits))])
+        in_process(monkeypatch, "train_tecoa.py", "--model", "ViT-B-32-quickgelu", "--pretrained", "none", "--dataset",
+                   f"folder:{photos}", "--batch-size", 1, "--max-steps", 3, "--tasks", "none", "--workers", 0, "--device",
+                   "cpu", "--out", tmp_path)
+    (_, _), (flops1, waits1), (flops2, waits2) = marks
+    assert 55e9 < flops2 - flops1 <= 62e9
+    assert waits2 == waits1
+
+
 def test_a_bf16_run_reports_fp32_accuracy(run, small_clip, tmp_path, read_json):
     run("train_tecoa.py", "--pretrained", small_clip, "--dtype", "bf16", "--tasks", "colours", "--limit", 200, "--max-steps",
         3, "--warmup", 0, "--eval-steps", 4, "--out", tmp_path)
@@ -261,17 +334,14 @@ def test_a_bf16_run_reports_fp32_accuracy(run, small_clip, tmp_path, read_json):
 
 def test_the_command_lines_attack_is_not_blinded_by_confidence():
     """A model that is sure beyond fp32's reach: cross-entropy has no gradient at all, the attack finds its way."""
-    w = torch.tensor([[1., 0.], [0., 1.]]) * 1000
-
-    def logits_fn(x):
-        return x @ w.T
-    x, y = torch.tensor([[.9, .1]]), torch.tensor([0])
+    head = torch.eye(2)
+    x, y, scale = torch.tensor([[.9, .1]]), torch.tensor([0]), 1000.
     x.requires_grad_()
-    (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits_fn(x), y), x)
+    (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(cosine_logits(x, head, scale), y), x)
     assert grad.abs().max() == 0
     attack = make_attack("pgd", eps=127.5, steps=5, step_size=51, norm="linf")
-    x_adv = attack(logits_fn, x.detach(), y, image_keys(0, 0, torch.arange(1)))
-    assert torch.allclose(x_adv, torch.tensor([[.4, .6]]), atol=1e-6) and logits_fn(x_adv).argmax(1) != y
+    x_adv = attack(torch.nn.Identity(), head, scale, x.detach(), y, image_keys(0, 0, torch.arange(1)))
+    assert torch.allclose(x_adv, torch.tensor([[.4, .6]]), atol=1e-6) and cosine_logits(x_adv, head, scale).argmax(1) != y
 
 
 def test_the_readmes_ten_line_fork_trains(run, tmp_path):

@@ -161,7 +161,7 @@ for epoch in range(args.epochs):
     order = torch.randperm(len(train.images), generator=gen)[:per_epoch * args.batch_size]
     mine = order.view(per_epoch, args.batch_size)[:, RANK::WORLD].flatten().tolist()
     for x, y, index in on_device(batches(train, mine, args.batch_size // WORLD, args.workers), device):
-        if x.shape[-2:] == encoder.visual.image_size:                      # uint8 [B,3,H,W] → [B,h·w,3·p·p], for all of the step
+        if x.shape[-2:] == encoder.visual.image_size:                      # uint8 → [B,h·w,3·p·p], for all of the step
             x = encoder.patchify(x)
         warm = step < args.warmup                                          # linear warm-up, then cosine to 0
         lr = args.lr * ((step + 1) / args.warmup if warm else

@@ -179,10 +179,12 @@ def fused_contrast(z: torch.Tensor, head: torch.Tensor, y: torch.Tensor, scale: 
 
 def blocks(head, width):
     """(images, classes) that one program works on at a time: what fits into a processor's shared memory, or None."""
-    memory = torch.cuda.get_device_properties(head.device).shared_memory_per_block_optin if head.is_cuda else 1 << 17
+    memory, size = 1 << 17, head.element_size()
+    if head.is_cuda:
+        memory = torch.cuda.get_device_properties(head.device).shared_memory_per_block_optin
     for rows, cols in ((64, 32), (32, 32), (32, 16), (16, 16)):
-        if rows * width <= 1 << 15 and cols * head.element_size() <= 64 and (   # the accumulator [rows, width] is in registers
-                (rows + 2 * cols) * width * head.element_size() <= memory):     # the features; the classes in two layouts
+        # the accumulator [rows, width] lives in registers; the features and, in two layouts, the classes in memory
+        if rows * width <= 1 << 15 and cols * size <= 64 and (rows + 2 * cols) * width * size <= memory:
             return rows, cols
     return None
 

@@ -126,9 +126,10 @@ def fused_pgd_step(x_adv: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, eps
     pixels = x[0].numel()
     chunks = triton.cdiv(pixels, block)
     sums = x.new_empty(len(x), 3, chunks, dtype=torch.float64)
-    l2_sums_kernel[(len(x) * chunks,)](x_adv, grad, x, sums, pixels, chunks, uint8, block, num_warps=8, enable_fp_fusion=True)
+    options = {"num_warps": 8, "enable_fp_fusion": True}
+    l2_sums_kernel[(len(x) * chunks,)](x_adv, grad, x, sums, pixels, chunks, uint8, block, **options)
     l2_step_kernel[(len(x) * chunks,)](x_adv, grad, x, sums, out, eps, step_size, pixels, chunks, uint8, block,
-                                   triton.next_power_of_2(chunks), num_warps=8, enable_fp_fusion=True)
+                                       triton.next_power_of_2(chunks), **options)
     return out
 
 

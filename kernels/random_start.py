@@ -84,8 +84,8 @@ def linf_start(x: torch.Tensor, keys: torch.Tensor, eps: float) -> torch.Tensor:
     if out.numel():
         pixels, block = x[0].numel(), 1024
         chunks = triton.cdiv(pixels, block)
-        start_kernel[(len(x) * chunks,)](
-            x, keys, out, eps, pixels, chunks, GOLDEN, FACTOR1, FACTOR2, x.dtype == torch.uint8, block, enable_fp_fusion=False)
+        start_kernel[(len(x) * chunks,)](x, keys, out, eps, pixels, chunks, GOLDEN, FACTOR1, FACTOR2,
+                                         x.dtype == torch.uint8, block, enable_fp_fusion=False)
     return out
 
 

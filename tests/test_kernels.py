@@ -7,10 +7,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import kernels
 from attacks import image_keys, pgd
-from kernels.contrastive_loss import contrast, contrastive_log_odds, contrastive_loss, cosine_logits, fused_contrast, log_odds
+from kernels.contrastive_loss import (contrast, contrastive_log_odds, contrastive_loss, cosine_logits, fused_contrast,
+                                      log_odds)
 from kernels.pgd_step import fused_pgd_step, l2_norm, pgd_step, reference
 from kernels.random_start import linf_start, random_start, uniform
 
@@ -169,12 +171,13 @@ def test_kernels_on_strided_inputs(triton_on):
         assert torch.equal(random_start(way(x), .03, "linf", wide), start)
     z, head, y = (t.to(triton_on) for t in random_case(6, 9, 20))
     result = contrast(z, head, y, 50.)
-    for left, right in zip(contrast(z.T.contiguous().T, head.repeat(1, 2)[:, :20], torch.stack([y, y], 1)[:, 1], 50.), result):
-        assert torch.equal(left, right)
+    strided = contrast(z.T.contiguous().T, head.repeat(1, 2)[:, :20], torch.stack([y, y], 1)[:, 1], 50.)
+    assert all(map(torch.equal, strided, result))
     assert torch.equal(contrast(z[:1].expand(3, 20), head, y[:1].expand(3), 50.)[0], result[0][:1].expand(3))
 
 
-@pytest.mark.parametrize("batch,classes,width", [(1, 2, 16), (5, 3, 7), (37, 101, 33), (33, 16, 64), (2, 700, 512), (3, 40, 600)])
+@pytest.mark.parametrize("batch,classes,width", [(1, 2, 16), (5, 3, 7), (37, 101, 33), (33, 16, 64), (2, 700, 512),
+                                                 (3, 40, 600)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_contrast_kernel_against_float64(triton_on, batch, classes, width, dtype):
     for scale in (20., 100., 1000.):
@@ -197,7 +200,7 @@ def test_contrast_kernel_against_float64(triton_on, batch, classes, width, dtype
             continue
         assert (m - truth).abs().max() < 1e-6 * scale + 1e-5
         assert (predicted == logits.argmax(1)).all() and predicted.dtype == torch.int64
-        rounding = {torch.float32: 1e-5, torch.bfloat16: 2 ** -8, torch.float16: 2 ** -10}[dtype]    # of the gradient's own dtype
+        rounding = {torch.float32: 1e-5, torch.bfloat16: 2 ** -8, torch.float16: 2 ** -10}[dtype]    # of the gradient itself
         assert (grad - true_grad).norm() / true_grad.norm() < rounding and grad.dtype == dtype
 
 
@@ -314,7 +317,8 @@ def compiled(kernel, capability, types, **constants):
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32" if n.endswith("_ptr") else "i32")
                  for n in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8, "enable_fp_fusion": True})
+    options = {"num_warps": 8, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 for capability, memory in ((80, 166_912), (86, 101_376), (90, 232_448)):    # shared, per block: CUDA programming guide
     for head, dtype, rows, cols in (("*fp32", tl.float32, 32, 16), ("*bf16", tl.bfloat16, 64, 32)):
@@ -338,8 +342,8 @@ print("compiled")
 
 def test_kernels_compile_for_gpus_that_are_not_here():
     """For an A100, an RTX 30 and an H100: to machine code, on the tensor cores, within their shared memory."""
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=os.path.dirname(kernels.__path__[0]),
-                          env=os.environ | {"TRITON_INTERPRET": "0"}, check=False)
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"TRITON_INTERPRET": "0"})
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-3000:]
 
 

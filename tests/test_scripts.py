@@ -306,7 +306,7 @@ class Operations(TorchDispatchMode):
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         by_mask = packet is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
-        self.waits += by_mask or str(packet) in ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.equal")
+        self.waits += by_mask or packet.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
         return out
 
 

@@ -13,11 +13,10 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import toyworld
 from attacks import image_keys, random_start
+from bench import Operations
 from eval_zeroshot import make_attack
 from kernels.contrastive_loss import cosine_logits
 from model import load_clip
@@ -297,14 +296,12 @@ def test_the_text_encoder_runs_once_per_task_not_per_step(monkeypatch, tmp_path)
     assert len(calls) == 4                          # digits to train on, the two tasks, held-out digits: one chunk each
 
 
-class Operations(TorchDispatchMode):
+class Watched(Operations):
     """Counts the FLOPs of all that runs inside, and what would make the CPU wait for a GPU."""
-    flops = waits = 0
+    waits = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        out, packet = operator(*args, **(kwargs or {})), operator._overloadpacket
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        out, packet = super().__torch_dispatch__(operator, types, args, kwargs), operator._overloadpacket
         by_mask = packet is torch.ops.aten.index and any(i is not None and i.dtype == torch.bool for i in args[1])
         self.waits += by_mask or packet.__name__ in ("_local_scalar_dense", "nonzero", "masked_select", "equal")
         return out
@@ -314,7 +311,7 @@ def test_a_step_costs_at_most_62_gflop_an_image_and_waits_for_nothing(monkeypatc
     """ViT-B/32, PGD-2. Two forwards and input gradients of the attack, one forward and backward of the update; the
     weights' gradients in the attack alone would add 17 each time."""
     marks, step = [], torch.optim.SGD.step
-    with Operations() as count:
+    with Watched() as count:
         monkeypatch.setattr(torch.optim.SGD, "step", lambda self: [step(self), marks.append((count.flops, count.waits))])
         in_process(monkeypatch, "train_tecoa.py", "--model", "ViT-B-32-quickgelu", "--pretrained", "none", "--dataset",
                    f"folder:{photos}", "--batch-size", 1, "--max-steps", 3, "--tasks", "none", "--workers", 0, "--device",

@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ group.add_argument("--dataset", help="to adapt on: toy, another toy task, imagen
 group.add_argument("--loss", choices=("tecoa", "ce"), default="tecoa", help="tecoa: against the class prompts; ce: a linear "
                    "readout from scratch, thrown away afterwards (default: %(default)s)")
 group.add_argument("--adapt", choices=("full",), default="full", help="what trains: every parameter of the image encoder")
+group.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="split each step's batch into N parts, "
+                   "one after the other, to save memory (default: %(default)s)")
 parser.option(group, "--epochs", 10, 3, "passes over the data set", type=number(int, 1))
 group.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps of the same schedule")
 parser.option(group, "--lr", 1e-5, 7e-3, "peak learning rate of SGD", type=number(float, 0))
@@ -50,7 +53,8 @@ if args.norm == "l2" and args.eps is None:
     parser.error("--norm l2 needs --eps, in 1/255")
 toy = args.model == "toy"
 usual = {word: values[toy] for word, values in parser.by_model.items()} | {
-    "dataset": "toy" if toy else "imagenet", "norm": "linf", "step_size": None, "limit": None, "max_steps": None}
+    "dataset": "toy" if toy else "imagenet", "norm": "linf", "step_size": None, "limit": None, "max_steps": None,
+    "accumulate": 1}
 args.dataset = args.dataset or usual["dataset"]
 args.pretrained = args.pretrained or (f"seed{args.seed}" if toy else None)
 parser.fill(args)
@@ -64,8 +68,9 @@ name = "-".join([args.model.removeprefix("hf-hub:"), args.loss, args.adapt, *unu
 out = Path(args.out or "out/" + name.replace("/", "-").replace(":", "-"))
 args.out = str(out)
 try:
-    if args.batch_size % WORLD:
-        raise ValueError(f"--batch-size {args.batch_size} cannot be shared equally by {WORLD} processes")
+    if args.batch_size % (WORLD * args.accumulate):
+        raise ValueError(f"--batch-size {args.batch_size} cannot be shared equally by {WORLD} processes"
+                         f"{f' in {args.accumulate} parts' if args.accumulate > 1 else ''}")
     options = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit}
     train = load_task(args.dataset, "train", **options)
     tasks = [load_task(name, "val", **options) for name in task_names(args.tasks, args.dataset)]
@@ -160,7 +165,8 @@ for epoch in range(args.epochs):
     gen = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
     order = torch.randperm(len(train.images), generator=gen)[:per_epoch * args.batch_size]
     mine = order.view(per_epoch, args.batch_size)[:, RANK::WORLD].flatten().tolist()
-    for x, y, index in on_device(batches(train, mine, args.batch_size // WORLD, args.workers), device):
+    loader = batches(train, mine, args.batch_size // (WORLD * args.accumulate), args.workers)
+    for part, (x, y, index) in enumerate(on_device(loader, device), 1):
         if x.shape[-2:] == encoder.visual.image_size:                      # uint8 → [B,h·w,3·p·p], for all of the step
             x = encoder.patchify(x)
         warm = step < args.warmup                                          # linear warm-up, then cosine to 0
@@ -175,18 +181,22 @@ for epoch in range(args.epochs):
         net.requires_grad_(True)
 
         # 2. update: minimise the loss on the adversarial images alone
-        losses, predicted = update_loss(x_adv, y)
-        optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
+        last = part % args.accumulate == 0                                 # only then do processes share their gradients
+        with nullcontext() if last or WORLD == 1 else ddp.no_sync():
+            losses, predicted = update_loss(x_adv, y)
+            (losses.mean() / args.accumulate).backward()
+        sums += torch.stack([losses.detach().sum(), (predicted == y).sum()])
+        if not last:
+            continue
         if step == 0:
             wrong = [name for name, p in [*net.named_parameters(), *clip.named_parameters()]
                      if (p.grad is not None) != (id(p) in trained)]
             if wrong:
                 raise RuntimeError(f"meant to train but without a gradient, or the other way round: {wrong}")
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
         step, seen = step + 1, seen + args.batch_size
-        sums += torch.stack([losses.detach().sum(), (predicted == y).sum()])
         bar.update()
         if step % 10 == 0 or step % per_epoch == 0 or step == total:
             if WORLD > 1:

@@ -1,16 +1,28 @@
 """Tasks: a name → images, labels, class names and a template. The drawn toy world, ImageNet, any folder of images.
 
 Images are uint8 [3,H,W]; nothing here normalises. Evaluation names: `toy:digits` and its sisters (or just `digits`),
-`imagenet`, `folder:PATH`; `all` stands for every task that belongs to the model. Training takes the same names.
+`imagenet`, `folder:PATH`, `cache:FILE`; `all` stands for every task that belongs to the model. Training takes the same
+names. Where decoding is what a run waits for, decode once:
+
+    python data.py cache --dataset imagenet --data-root DIR --out FILE     # then --dataset cache:FILE
+    python data.py verify FILE                                             # read it all and compare checksums
 """
+import fcntl
+import os
 import re
+import shutil
+import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import PIL
 import torch
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 import toyworld
 from prompts import imagenet_class_names
@@ -18,6 +30,7 @@ from prompts import imagenet_class_names
 TEMPLATE = "This is a photo of a {}"                 # the paper's, without a full stop
 TOY_TRAIN, TOY_TEST = 16384, 400                     # images drawn to adapt on, and per task to evaluate on
 TOY_ADAPTED = "seen"                                 # the one toy task to adapt on; the others are zero-shot
+CACHE_FORMAT = "TeCoA image cache 1"
 
 
 class Task(NamedTuple):
@@ -28,7 +41,10 @@ class Task(NamedTuple):
 
 
 class Folder(datasets.ImageFolder):
-    """PATH/<class>/<image>, whatever the images' modes: (uint8 [3, size, size], label, index)."""
+    """PATH/<class>/<image>, whatever the images' modes: (uint8 [3, size, size], label, index).
+
+    ValueError, in one line: no such folder, not a folder of that kind, or an image (named) that cannot be decoded.
+    """
 
     def __init__(self, path, size):
         path = Path(path)
@@ -42,15 +58,57 @@ class Folder(datasets.ImageFolder):
             raise ValueError(f"{path} is not a folder of <class>/<image>: {' '.join(str(error).split())[:200]}") from None
 
     def __getitem__(self, index):
-        return *super().__getitem__(index), index
+        try:
+            return *super().__getitem__(index), index
+        except Exception as error:                   # each decoder has its own kind, and few of them name the file
+            raise ValueError(f"cannot decode {self.samples[index][0]}: {' '.join(str(error).split())[:200]}") from None
 
 
-def _folder_task(name, path, part, size):
-    """The Task of a folder's sub-folder `part`; to evaluate on, also that of a folder of classes that is not split."""
-    path = Path(path)
-    inside = {entry.name for entry in path.iterdir() if entry.is_dir()} if path.is_dir() else set()
-    whole = part == "val" and not (inside and inside <= {"train", "val", "test"})
-    folder = Folder(path if whole else path / part, size)
+class Cache(Dataset):
+    """One part of a file by `python data.py cache`, with Folder's items: (uint8 [3, size, size], label, index).
+
+    ValueError, in one line: not a whole cache, made for another size, or without that part.
+    """
+
+    def __init__(self, path, part, size):
+        images, index = open_cache(path)
+        parts, counts = index["parts"].tolist(), index["counts"]
+        if index["size"] != size:
+            raise ValueError(f"{path} is of {index['size']} pixels, the model takes {size}: make one with --size {size}")
+        if part not in parts:
+            raise ValueError(f"{path} has no {part} images, only {' and '.join(parts)}")
+        start = counts[:parts.index(part)].sum()
+        mine = slice(start, start + counts[parts.index(part)])
+        self.images, self.labels = images[mine], index["labels"][mine]
+        self.class_names, self.template = index[f"{part}_class_names"].tolist(), str(index["template"])
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return torch.from_numpy(np.array(self.images[index])), int(self.labels[index]), index
+
+
+def _image_root(name, data_root):
+    """The folder that `imagenet` or `folder:PATH` stands for."""
+    if name != "imagenet":
+        return Path(name.removeprefix("folder:"))
+    if data_root is None:
+        raise ValueError("imagenet needs --data-root DIR with train/<class>/ and val/<class>/")
+    root = Path(data_root)
+    return root / "imagenet" if (root / "imagenet").is_dir() else root
+
+
+def _part_folder(root, part):
+    """Where a part is: root's sub-folder of that name; to evaluate on, root itself if it is a folder of classes, unsplit."""
+    inside = {entry.name for entry in root.iterdir() if entry.is_dir()} if root.is_dir() else set()
+    split = {"train", "val"} <= inside or (inside and inside <= {"train", "val", "test"})
+    return root if part == "val" and not split else root / part
+
+
+def _folder_task(name, root, part, size):
+    """The Task of one part of a folder."""
+    folder = Folder(_part_folder(root, part), size)
     known = imagenet_class_names()
     names = [known[c] if re.fullmatch(r"n\d{8}", c) and c in known else c for c in folder.classes]
     return Task(name, folder, names, TEMPLATE)
@@ -72,15 +130,13 @@ def load_task(name, part, *, size=224, data_root=None, limit=None):
         count = TOY_TRAIN if part == "train" else TOY_TEST
         images, labels = toyworld.task(toy, "test" if part == "val" else part, min(count, limit or count))
         task = Task(toy, TensorDataset(images, labels, torch.arange(len(labels))), *toyworld.TASKS[toy])
-    elif name == "imagenet":
-        if data_root is None:
-            raise ValueError("imagenet needs --data-root DIR with train/<class>/ and val/<class>/")
-        root = Path(data_root)
-        task = _folder_task(name, root / "imagenet" if (root / "imagenet").is_dir() else root, part, size)
-    elif name.startswith("folder:"):
-        task = _folder_task(name, name.removeprefix("folder:"), part, size)
+    elif name == "imagenet" or name.startswith("folder:"):
+        task = _folder_task(name, _image_root(name, data_root), part, size)
+    elif name.startswith("cache:"):
+        images = Cache(name.removeprefix("cache:"), part, size)
+        task = Task(name, images, images.class_names, images.template)
     else:
-        raise ValueError(f"unknown task {name!r}: expected {', '.join(toyworld.TASKS)}, imagenet or folder:PATH")
+        raise ValueError(f"unknown task {name!r}: expected {', '.join(toyworld.TASKS)}, imagenet, folder:PATH or cache:FILE")
     if len(task.class_names) < 2:
         raise ValueError(f"{name} has only one class ({task.class_names[0]}): there is nothing to tell apart")
     if limit is not None and limit < len(task.images):
@@ -124,3 +180,157 @@ def batches(task, order, batch_size, workers):
     workers = 0 if in_memory else workers
     return DataLoader(task.images, batch_sampler=slices, num_workers=workers, pin_memory=torch.cuda.is_available(),
                       multiprocessing_context="fork" if workers else None)
+
+
+# ---------------------------------------------------------------------------------------------- decode once
+# FILE is a plain .npy of uint8 [N,3,S,S]; FILE.index.npz says what its images are, with a crc32 of each. While it is made,
+# FILE.tmp holds the images, and FILE.tmp.done one record per image: its crc32 and a fingerprint of the file it came from.
+RECORD = np.dtype([("crc32", "<u4"), ("source", "<u4")])
+
+
+def open_cache(path):
+    """(uint8 [N,3,S,S], mapped, not read; {name: array} of the index). ValueError, in one line: not a whole cache."""
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file: {path}")
+    try:
+        with np.load(f"{path}.index.npz") as arrays:
+            index = dict(arrays)
+        if index.get("format") != CACHE_FORMAT:
+            raise ValueError("its index is of another format")
+        images, length = np.load(path, mmap_mode="r"), os.path.getsize(path)  # says so if it is too short
+        shape = len(index["labels"]), 3, int(index["size"]), int(index["size"])
+        if (images.dtype, images.shape, images.offset + images.nbytes) != (np.uint8, shape, length):
+            raise ValueError(f"its {length:,} bytes are not the uint8 {list(shape)} of its index")
+    except Exception as error:                       # NumPy and zip have a kind of their own for each damage
+        raise ValueError(f"{path} is not a whole cache: {' '.join(str(error).split())[:200]}") from None
+    return images, index
+
+
+def damaged(path, offset, index):
+    """Which images in the file do not have the crc32 of the index: (their numbers, how many and where in words)."""
+    with open(path, "rb") as file, tqdm(index["crc32"].tolist(), desc="verify", unit="image") as bar:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)        # read the disk, not what memory has of it
+        file.seek(offset)
+        bad = [i for i, crc32 in enumerate(bar) if zlib.crc32(file.read(3 * int(index["size"]) ** 2)) != crc32]
+    first = ", ".join(os.fsdecode(path) for path in index["paths"][bad[:5]])
+    return bad, f"{len(bad):,} of {len(index['labels']):,} images are damaged: {first}{', …' if len(bad) > 5 else ''}"
+
+
+def _sources(dataset, data_root, size):
+    """(one Task over the images of all parts, train first; {name: array} for the index, with a fingerprint per image)."""
+    if dataset != "imagenet" and not dataset.startswith("folder:"):
+        raise ValueError(f"imagenet and folder:PATH can be cached, not {dataset}")
+    root = _image_root(dataset, data_root)
+    split = _part_folder(root, "val") != root
+    parts = [part for part in ("train", "val") if split and (root / part).is_dir()] or ["val"]
+    tasks = [load_task(dataset, part, size=size, data_root=data_root) for part in parts]
+    files = [file for task in tasks for file in task.images.samples]
+    paths, made_of = [os.path.relpath(path, root) for path, _ in files], str(root.resolve())
+    source = [zlib.crc32(os.fsencode(f"{made_of} {size} {name} {label} {stat.st_size} {stat.st_mtime_ns}"))
+              for name, (path, label) in zip(paths, files) for stat in [os.stat(path)]]
+    index = {"format": CACHE_FORMAT, "made_of": made_of, "made_with": f"Pillow {PIL.__version__}", "size": size,
+             "template": tasks[0].template, "parts": parts, "counts": [len(task.images) for task in tasks],
+             **{f"{part}_class_names": task.class_names for part, task in zip(parts, tasks)},
+             "labels": [label for _, label in files], "paths": [os.fsencode(path) for path in paths],
+             "source": np.array(source, RECORD["source"])}
+    everything = tasks[0]._replace(images=ConcatDataset([task.images for task in tasks]))
+    return everything, {name: np.array(value) for name, value in index.items()}
+
+
+def make_cache(dataset, out, *, size=224, data_root=None, workers=0):
+    """Decode every image of a data set into the file `out` and verify it; goes on where an interrupted call was.
+
+    ValueError or OSError if it cannot start; after that SystemExit, in one line, and what is done is kept for the next call.
+    """
+    task, index = _sources(dataset, data_root, size)
+    source, paths, n, image_bytes = index["source"], index["paths"], len(index["paths"]), 3 * size * size
+    temporary, marker = Path(f"{out}.tmp"), Path(f"{out}.tmp.done")
+    if os.path.exists(out):
+        made = open_cache(out)[1]
+        if not np.array_equal(made["source"], source):
+            raise ValueError(f"{out} exists, made of other images ({made['made_of']}, {made['size']} pixels): left alone")
+        marker.unlink(missing_ok=True)
+        print(f"{out} is there already, made of these {n:,} images")
+        return
+    there = temporary.stat().st_size if temporary.exists() else 0
+    needed, free = n * image_bytes + sum(array.nbytes for array in index.values()), shutil.disk_usage(Path(out).parent).free
+    if needed - there > free:
+        raise ValueError(f"{out} needs {(needed - there) / 1e9:,.3f} GB more, the disk has {free / 1e9:,.3f} GB free")
+    temporary.touch()
+    try:
+        with open(marker, "a+b", buffering=0) as records, open(temporary, "r+b") as file:
+            fcntl.lockf(records, fcntl.LOCK_EX | fcntl.LOCK_NB)              # of this process, not of its workers
+            records.seek(0)
+            known = records.read()                                           # a killed run's last record may be half a one
+            known = np.frombuffer(known, RECORD, len(known) // RECORD.itemsize)["source"][:n]
+            same = known == source[:len(known)]
+            if not same.all():
+                print(f"starting anew: data set, size or files have changed, from {os.fsdecode(paths[same.argmin()])} on")
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (n, 3, size, size)})
+            offset = file.tell()
+            done = min(len(known), max(0, there - offset) // image_bytes) if same.all() else 0
+            records.truncate(done * RECORD.itemsize)
+            file.truncate(file.seek(offset + done * image_bytes))
+            counts = " + ".join(f"{count:,} {part}" for count, part in zip(index["counts"], index["parts"]))
+            print(f"{dataset}: {counts} images of {size}×{size} pixels, {needed / 1e9:,.3f} GB"
+                  + (f"; going on after {done:,}" if done else ""), flush=True)
+            with tqdm(total=n, initial=done, desc="decode", unit="image") as bar:
+                for images, _, _ in batches(task, range(done, n), 128, workers):
+                    file.write(images.numpy())
+                    file.flush()
+                    os.fsync(file.fileno())                                  # on the disk before a record claims it
+                    new = list(zip(map(zlib.crc32, images.numpy()), source[done:]))
+                    records.write(np.array(new, RECORD).tobytes())
+                    done += len(new)
+                    bar.update(len(new))
+            records.seek(0)
+            index["crc32"] = np.frombuffer(records.read(), RECORD)["crc32"]
+            bad, words = damaged(temporary, offset, index)
+            if bad:
+                records.truncate(bad[0] * RECORD.itemsize)
+                raise OSError(words)
+            with open(f"{out}.index.npz", "wb") as file_of_index:
+                np.savez(file_of_index, **index)
+                file_of_index.flush()
+                os.fsync(file_of_index.fileno())
+            os.replace(temporary, out)                                       # last: FILE is there when all of it is
+    except BlockingIOError:
+        raise ValueError(f"another process is writing {temporary}") from None
+    except (ValueError, OSError, RuntimeError) as error:                     # a worker's is a traceback, ending in the error
+        problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        sys.exit(f"data.py cache: {problem}; what is done is kept in {temporary} for the same command to go on from")
+    marker.unlink()
+    print(f"wrote {out} and {out}.index.npz, verified")
+
+
+def main():
+    from cli import Parser, number, writable_folder                          # the stages need none of this
+    parser = Parser(prog="data.py", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("cache", help="decode a data set into a file that trains and evaluates as cache:FILE")
+    command.add_argument("--dataset", required=True, help="imagenet or folder:PATH: what it has of train and val")
+    command.add_argument("--data-root", metavar="DIR", help="the folder with ImageNet's train/<class>/ and val/<class>/")
+    command.add_argument("--out", required=True, metavar="FILE", help="file to write; its index will be FILE.index.npz")
+    command.add_argument("--size", type=number(int, 1), default=224, help="the model's resolution (default: %(default)s)")
+    command.add_argument("--workers", type=number(int, 0), default=os.cpu_count() or 1,
+                         help="processes that decode (default: one per core, %(default)s)")
+    command = commands.add_parser("verify", help="compare the images in a cache with their checksums")
+    command.add_argument("file", metavar="FILE")
+    args = parser.parse_args()
+    try:
+        if args.command == "cache":
+            writable_folder(Path(args.out).parent)
+            make_cache(args.dataset, args.out, size=args.size, data_root=args.data_root, workers=args.workers)
+        else:
+            images, index = open_cache(args.file)
+            bad, words = damaged(args.file, images.offset, index)
+            if bad:
+                raise ValueError(f"{args.file}: {words}")
+            print(f"{args.file} is whole: {len(images):,} images of {index['size']}×{index['size']} pixels")
+    except (ValueError, OSError) as error:
+        found = args.command == "verify" and os.path.isfile(args.file)       # not whole, rather than wrongly called
+        command.exit(1 if found else 2, f"data.py {args.command}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,14 +10,19 @@ that changes the cost. A time is the median of --runs runs after two that are no
 to the highest, by the device's own clock. GFLOP are counted operator by operator by PyTorch's flop counter, without data.
 """
 import argparse
+import contextlib
+import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 import kernels
 from attacks import image_keys, pgd
 from cli import Parser, number
+from data import batches, load_task, make_cache
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss
 from kernels.pgd_step import pgd_step
 from kernels.random_start import random_start
@@ -313,6 +319,31 @@ def steps_table(report, device, configurations, classes, peak, runs, deadline):
                    "second of the authors' recipe" + (f", in {ours / other:.2f} of its memory." if other else "."))
 
 
+def data_table(report, workers):
+    """400 drawn JPEGs of ImageNet's usual size, as a folder and as a cache, through the loader that training has."""
+    rng, count = np.random.default_rng(0), 400
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(count):
+            path = Path(folder, "images", "ab"[k % 2], f"{k}.jpg")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
+            grain = rng.normal(0, 6, (375, 500, 3))
+            Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        jpeg = np.mean([path.stat().st_size for path in Path(folder).glob("images/*/*")])
+        with contextlib.redirect_stdout(None):
+            make_cache(f"folder:{folder}/images", f"{folder}/cache.npy", workers=workers)
+        report.table(f"Data: images/s through the loader, {workers} processes, the files in memory", [
+            "from", "bytes an image", "images/s", "images/s a process"])
+        for name, size in ((f"folder:{folder}/images", jpeg), (f"cache:{folder}/cache.npy", 3 * 224 * 224)):
+            task, rates = load_task(name, "val"), []
+            for _ in range(3):
+                start = time.perf_counter()
+                for _ in batches(task, list(range(count)) * 4, 128, workers):
+                    pass
+                rates.append(4 * count / (time.perf_counter() - start))
+            report.row(name.split(":")[0], size, sorted(rates)[1], sorted(rates)[1] / workers)
+
+
 def numbers(text):
     values = [int(word) for word in text.split(",")]
     if min(values) < 1:
@@ -378,6 +409,8 @@ def main():
         rows = [(name, batch, n, how, batch == batches[0] and n == steps[0] and how == ways[-1])
                 for name in models for batch in batches for n in steps
                 for how in [*ways, *(["authors"] if args.baseline else [])]]
+    if args.all:
+        data_table(report, min(8, os.cpu_count()))
     if rows:
         steps_table(report, device, rows, args.classes, peak, runs, started + 60 * args.minutes)
     if args.all and gpu:                            # last, and not for longer than there is

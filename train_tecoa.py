@@ -34,8 +34,8 @@ from prompts import encode_head
 parser = Parser(prog="train_tecoa.py", description=__doc__)
 add_options(parser, steps=(2, 2), batch_size=(256, 128), dtypes=("fp32", "bf16"), attack="in training")
 group = parser.add_argument_group("training")
-group.add_argument("--dataset", help="to adapt on: toy, another toy task, imagenet or folder:PATH (default: toy for the "
-                   "toy model, else imagenet)")
+group.add_argument("--dataset", help="to adapt on: toy, another toy task, imagenet, folder:PATH or cache:FILE (default: "
+                   "toy for the toy model, else imagenet)")
 group.add_argument("--loss", choices=("tecoa", "ce"), default="tecoa", help="tecoa: against the class prompts; ce: a linear "
                    "readout from scratch, thrown away afterwards (default: %(default)s)")
 group.add_argument("--adapt", choices=("full",), default="full", help="what trains: every parameter of the image encoder")

@@ -92,7 +92,6 @@ def start_processes(parser, args):
         if device.type == "cuda":
             device = torch.device("cuda", LOCAL if device.index is None else device.index)
             torch.cuda.set_device(device)
-            torch.backends.cudnn.allow_tf32 = False                        # the patch embedding sees δ
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")

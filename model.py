@@ -111,7 +111,7 @@ class ImageEncoder(nn.Module):
         as its next input goes into one.
         """
         (h, w), (p, q) = self.visual.grid_size, self.visual.patch_size
-        return x.view(len(x), 3, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(len(x), h * w, 3 * p * q)
+        return x.reshape(len(x), 3, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(len(x), h * w, 3 * p * q)
 
     def forward(self, x):
         visual, device = self.visual, x.device.type

@@ -79,7 +79,7 @@ if triton is not None:
 def linf_start(x: torch.Tensor, keys: torch.Tensor, eps: float) -> torch.Tensor:
     """`random_start` for linf: fp32 [B, ...]; the same bits as the reference."""
     if not (x.is_cuda or INTERPRET and triton is not None):
-        return (to_float(x) + (2 * uniform(keys, x.shape[1:]) - 1) * eps).clamp(0, 1)
+        return (to_float(x) + (2 * uniform(keys, x.shape[1:]) - 1) * eps).clamp(0, 1).contiguous()
     x, keys, out = x.contiguous(), keys.contiguous(), x.new_empty(x.shape, dtype=torch.float32)
     if out.numel():
         pixels, block = x[0].numel(), 1024

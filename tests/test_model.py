@@ -41,14 +41,17 @@ def test_other_resolutions_are_resized_inside_the_differentiated_function():
 def test_low_precision_starts_after_the_patch_embedding():
     clip, _ = load_clip("toy", "none")
     encoder = ImageEncoder(clip, torch.bfloat16)
-    seen = {}
-    clip.visual.conv1.register_forward_hook(lambda m, i, o: seen.update(patch=(i[0].dtype, o.dtype)))
+    seen, x = {}, torch.rand(1, 3, 32, 32)
+    mean, std = (torch.tensor(clip.visual.preprocess_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    patches = clip.visual.conv1((x - mean) / std).flatten(2).transpose(1, 2)
+    clip.visual.ln_pre.register_forward_hook(lambda m, i, o: seen.update(tokens=i[0]))
     clip.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda m, i, o: seen.update(block=o.dtype))
-    assert encoder(torch.rand(1, 3, 32, 32)).dtype == torch.float32
-    assert seen == {"patch": (torch.float32, torch.float32), "block": torch.bfloat16}
-    with torch.autocast("cpu", torch.bfloat16):                                           # nor can a caller lower it
-        encoder(torch.rand(1, 3, 32, 32))
-    assert seen["patch"] == (torch.float32, torch.float32)
+    for lowered in (False, True):                                                         # nor can a caller lower it
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            assert encoder(x).dtype == torch.float32
+        found = seen["tokens"] - clip.visual.positional_embedding
+        assert torch.allclose(found[:, 1:], patches, atol=1e-5) and seen["tokens"].dtype == torch.float32
+    assert seen["block"] == torch.bfloat16
 
 
 def test_loaded_clip_is_frozen_and_random_weights_follow_the_seed():

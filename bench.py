@@ -217,15 +217,19 @@ def counts(report, models, steps, classes):
 
 def kernel_table(report, device, shapes, image_shapes, runs):
     """Each kernel against the same in PyTorch, eager and compiled. MB: read and written, by Triton's kernels if every
-    input comes from memory once, and by PyTorch's operators. MiB: held besides the inputs."""
+    input comes from memory once, on 132 processors, and by PyTorch's operators. MiB: held besides the inputs."""
     report.table("Kernels: ms (lowest–highest), and MiB held", [
         "operation", "shape", "head / gradient", "MB, Triton", "MB, PyTorch", "Triton", "PyTorch", "PyTorch, compiled"])
 
     def compare(name, shape, dtype, function, moved):
-        kernels.use("torch", device)
-        with Operations() as count:
-            function()
-        cells = [moved / 1e6, count.bytes / 1e6]
+        cells = [moved / 1e6, None]
+        try:
+            kernels.use("torch", device)
+            with Operations() as count:
+                function()
+            cells[1] = count.bytes / 1e6
+        except torch.OutOfMemoryError:
+            pass                                    # its own row will say so
         for how in ("triton", "torch", "compiled"):
             if how == "triton" and device.type != "cuda":
                 cells.append(None)
@@ -250,10 +254,13 @@ def kernel_table(report, device, shapes, image_shapes, runs):
             def contrast(z=z, head=head, y=y):
                 return contrastive_log_odds(z, head, y, SCALE)
 
+            rows, cols = (32, 16) if dtype == torch.float32 else (64, 32)
+            shares = min(-(-classes // cols), max(1, 132 // -(-batch // rows)))
+
             def both(contrast=contrast, z=z):
                 return torch.autograd.grad(contrast().sum(), z)
             compare("log-odds and ∂z", f"B={batch:,} K={classes:,} D={width}", str(dtype).removeprefix("torch."), both,
-                    head.nbytes + 4 * z.nbytes)     # and back through the normalisation, and the upstream gradient
+                    head.nbytes + 4 * z.nbytes + 2 * shares * z.nbytes)         # the sums of each share of the classes
     for batch, size in image_shapes:
         x = torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, device=device)
         x_adv, keys, count = x.float() / 255, torch.arange(batch, device=device), x.numel()
@@ -271,7 +278,7 @@ def steps_table(report, device, configurations, classes, peak, runs, deadline):
     """configurations: (model, batch, PGD steps, how, with parts). Compilation is outside of every time."""
     report.table("A training step", ["model", "batch", "PGD steps", "how", "part", "ms (lowest–highest)", "images/s",
                                      "GFLOP/image", "% of peak", "MiB"])
-    name_before, clip, images_per_s, memories = None, None, {}, {}
+    name_before, clip, images_per_s, memories, notes = None, None, {}, {}, []
     for name, batch, n, how, parts in configurations:
         if time.perf_counter() > deadline:
             report.row(name, batch, n, how, "*not run: out of time*", *[None] * 5)
@@ -298,6 +305,14 @@ def steps_table(report, device, configurations, classes, peak, runs, deadline):
             work["evaluation, PGD-100"] = 100 * work.get("attack, forward and input gradient", 0)
             if device.type == "cpu":
                 functions.pop("evaluation, PGD-100", None)
+            if device.type == "cuda" and how == "compiled":
+                functions["step"]()
+                torch.cuda.set_sync_debug_mode("error")                     # from here on, waiting for the GPU is one
+                try:
+                    functions["step"]()
+                except RuntimeError as error:
+                    notes.append(f"{name}, batch {batch}: a step waits for the GPU: {str(error).splitlines()[0]}")
+                torch.cuda.set_sync_debug_mode("default")
             for part, function in functions.items():
                 if part == "step" or parts:
                     middle, low, high, memory = measure(function, device, max(3, runs // 4) if "100" in part else runs)
@@ -311,8 +326,10 @@ def steps_table(report, device, configurations, classes, peak, runs, deadline):
                        *[None] * 5)
         clip.zero_grad(set_to_none=True)
         functions = None
+    report("", *(notes or ["No compiled step waited for the GPU."] if device.type == "cuda" else []))
     for (name, batch, n, how), theirs in images_per_s.items():
-        best = max((rate, way) for (*key, way), rate in images_per_s.items() if key == [name, batch, n] and way != "authors")
+        best = max(((rate, way) for (*key, way), rate in images_per_s.items()
+                    if key == [name, batch, n] and way != "authors"), default=None)
         if how == "authors" and best:
             ours, other = (memories[name, batch, n, way] for way in (best[1], how))
             report("", f"{name}, batch {batch}, PGD-{n}: ours ({best[1]}) makes {best[0] / theirs:.1f} times the images a "
@@ -374,6 +391,8 @@ def main():
         models = [name for name in args.models.split(",") if image_size(name, "none")]
         device = torch.device(args.device)
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (ValueError, RuntimeError, AssertionError) as error:
         parser.error(str(error).splitlines()[0])
     if args.baseline and not args.batch_sizes:

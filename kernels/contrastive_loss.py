@@ -113,21 +113,20 @@ if triton is not None:
             best = tl.where(other > top, tl.load(best_ptr + share * B + row), best)
             top = tl.maximum(top, other)
             s_true += tl.load(true_ptr + share * B + row)
-        shift = tl.where(top == float("-inf"), 0., top)
         total = 0.
         acc = tl.zeros([WIDTH], tl.float32)
         for share in range(SHARES):
-            weight = tl.exp(tl.load(top_ptr + share * B + row) - shift)
+            weight = tl.exp(tl.load(top_ptr + share * B + row) - top)
             total += weight * tl.load(sum_ptr + share * B + row)
             if GRAD:
                 acc += weight * tl.load(acc_ptr + (share * B + row) * D + d, mask=d < D, other=0.)
         y = tl.load(y_ptr + row)
-        tl.store(m_ptr + row, shift + tl.log(total) - s_true)
+        tl.store(m_ptr + row, top + tl.log(total) - s_true)
         right = (s_true > top) | ((s_true == top) & (y < best))
         tl.store(predicted_ptr + row, tl.where(right, y, best.to(tl.int64)))
         if GRAD:
             w_true = tl.load(head_ptr + y * D + d, mask=d < D, other=0.).to(tl.float32)
-            g = scale * (acc / tl.where(total == 0, 1., total) - w_true)
+            g = scale * (acc / total - w_true)
             z = tl.load(z_ptr + row * D + d, mask=d < D, other=0.).to(tl.float32)
             length = tl.maximum(tl.sqrt(tl.sum(z * z)), 1e-12)
             unit = z / length
@@ -141,7 +140,8 @@ def fused_contrast(z: torch.Tensor, head: torch.Tensor, y: torch.Tensor, scale: 
     """`contrast` as one operator: log-odds fp32 [B], predictions int64 [B], and ∂m/∂z fp32 [B, D] (empty if not wanted).
 
     The head's dtype is that of the products; those of an fp32 head are TF32 where torch.set_float32_matmul_precision
-    allows it. Sums are fp32. Features too wide for the GPU's shared memory (fp32: D > 1024 on most) take the reference.
+    allows it. Sums are fp32. Features too wide for the GPU's shared memory take the reference: with an fp32 head D > 1024
+    on an H100, D > 512 on an A100.
     """
     B, K, width = len(z), len(head), max(16, 1 << (z.shape[1] - 1).bit_length())
     tile = blocks(head, width) if z.is_cuda or INTERPRET and triton is not None else None

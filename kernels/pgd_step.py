@@ -11,8 +11,8 @@ from kernels import INTERPRET, fused, triton
 
 
 def to_float(x):
-    """uint8 pixels as fp32 fractions of 255; floats as they are."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+    """uint8 pixels as fp32 fractions of 255; floats as they are. By a tensor, as CUDA multiplies by a number's inverse."""
+    return x.float() / torch.full((), 255., device=x.device) if x.dtype == torch.uint8 else x
 
 
 def l2_norm(t):
@@ -53,7 +53,7 @@ if triton is not None:
     def load_pixels(pointers, inside, UINT8: tl.constexpr):
         x = tl.load(pointers, mask=inside, other=0).to(tl.float32)
         if UINT8:
-            x = tl.math.div_rn(x, 255.)             # as exact as PyTorch's; a plain / is not
+            x = tl.math.div_rn(x, 255.)             # rounded as `to_float` is; a plain / is not
         return x
 
     @triton.jit

@@ -220,11 +220,26 @@ def test_contrast_kernel_saves_what_backward_needs_per_image(triton_on):
 
 
 def test_contrast_kernel_predicts_the_lowest_of_equal_classes(triton_on):
-    z, head, _ = (t.to(triton_on) for t in random_case(4, 40, 16))
-    head[[5, 30, 39]] = F.normalize(z[0], dim=-1)
-    for y in (0, 5, 30, 39):
+    z, head, _ = (t.to(triton_on) for t in random_case(4, 400, 16))          # several blocks to each share, several shares
+    head[[5, 30, 90, 390]] = F.normalize(z[0], dim=-1)
+    for y in (0, 5, 30, 90, 390):
         _, predicted = contrast(z[:1], head, torch.tensor([y], device=triton_on), 100.)
         assert predicted.item() == 5
+
+
+def test_contrast_kernel_where_a_block_holds_the_true_class_alone(triton_on):
+    z, head, _ = (t.to(triton_on) for t in random_case(2, 65, 16))
+    for classes in (17, 33, 65):
+        y = torch.full((2,), classes - 1, device=triton_on)
+        m, _ = contrast(z, head[:classes], y, 50.)
+        assert torch.allclose(m, log_odds(cosine_logits(z, head[:classes], 50.), y), atol=1e-4)
+
+
+def test_a_head_that_trains_gets_its_gradient(triton_on):
+    z, head, y = (t.to(triton_on) for t in random_case(3, 5, 16))
+    head.requires_grad_()
+    (grad,) = torch.autograd.grad(contrastive_log_odds(z, head, y, 10.).sum(), head)
+    assert grad.isfinite().all() and grad.abs().max() > 0
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -313,11 +328,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels import contrastive_loss as c, pgd_step as p, random_start as r
 
-def compiled(kernel, capability, types, **constants):
+def compiled(kernel, capability, types, stages=1, **constants):
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32" if n.endswith("_ptr") else "i32")
                  for n in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
-    options = {"num_warps": 8, "enable_fp_fusion": True}
+    options = {"num_warps": 8, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 for capability, memory in ((80, 166_912), (86, 101_376), (90, 232_448)):    # shared, per block: CUDA programming guide
@@ -329,6 +344,11 @@ for capability, memory in ((80, 166_912), (86, 101_376), (90, 232_448)):    # sh
                      PRECISION="tf32")
         assert k.metadata.shared <= memory, (capability, head, k.metadata.shared)
         assert "mma" in k.asm["ptx"]                                          # on the tensor cores
+    for dtype, precision, grad in ((tl.float32, "ieee", True), (tl.float16, "tf32", True), (tl.float32, "tf32", False)):
+        types["head_ptr"] = "*fp16" if dtype == tl.float16 else "*fp32"
+        k = compiled(c.sweep_kernel, capability, types, stages=2 if dtype == tl.float16 else 1, PER=4, ROWS=16, COLS=16,
+                     WIDTH=512, GRAD=grad, DTYPE=dtype, PRECISION=precision)
+        assert k.metadata.shared <= memory, (capability, dtype, precision, grad, k.metadata.shared)
     compiled(c.combine_kernel, capability, types | {"predicted_ptr": "*i64"}, SHARES=4, WIDTH=512, GRAD=True)
     steps = {"x_ptr": "*u8", "eps": "fp32", "step_size": "fp32", "grad_ptr": "*bf16", "sums_ptr": "*fp64"}
     compiled(p.linf_kernel, capability, steps, UINT8=True, BLOCK=1024)

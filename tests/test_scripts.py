@@ -19,7 +19,7 @@ from attacks import image_keys, random_start
 from bench import Operations
 from eval_zeroshot import make_attack
 from kernels.contrastive_loss import cosine_logits
-from model import load_clip
+from model import ImageEncoder, load_clip
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +184,22 @@ def test_training_with_triton_kernels_makes_the_same_update(run, tmp_path):
         assert moved > 0 and (plain[name] - fused[name]).norm() < .02 * moved, name
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("words", [["--no-compile", "--kernels", "torch"], ["--no-compile"], ["--compile"]])
+def test_training_on_a_gpu_makes_the_update_of_the_cpu(run, tmp_path, words):
+    """With Triton's kernels and without; TF32 products and, in the second half, bf16 blocks are all that differs."""
+    common = ("--pretrained", "none", "--tasks", "none", "--limit", 200, "--batch-size", 64, "--max-steps", 3, "--warmup", 0,
+              "--lr", .02)
+    run("train_tecoa.py", *common, "--device", "cpu", "--out", tmp_path / "cpu")
+    run("train_tecoa.py", *common, "--lr", 0, "--device", "cpu", "--out", tmp_path / "start")
+    for dtype, allowed in (("fp32", .1), ("bf16", .3)):
+        run("train_tecoa.py", *common, *words, "--dtype", dtype, "--device", "cuda", "--out", tmp_path / dtype,
+            CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+        cpu, found, start = (torch.cat([t.flatten() for t in visual(tmp_path / name).values()]) for name in
+                             ("cpu", dtype, "start"))
+        assert (found - cpu).norm() < allowed * (cpu - start).norm()
+
+
 def test_compiled_evaluation_counts_the_same(trained, run, read_json, tmp_path):
     words = ("--ckpt", trained[0] / "ckpt.pt", "--tasks", "colours", "--limit", 150, "--batch-size", 64, "--steps", 2)
     for name in ("--compile", "--no-compile"):
@@ -314,7 +330,12 @@ class Watched(Operations):
 def test_a_step_costs_at_most_62_gflop_an_image_and_waits_for_nothing(monkeypatch, photos, tmp_path):
     """ViT-B/32, PGD-2. Two forwards and input gradients of the attack, one forward and backward of the update; the
     weights' gradients in the attack alone would add 17 each time."""
-    marks, step = [], torch.optim.SGD.step
+    marks, step, seen, forward = [], torch.optim.SGD.step, set(), ImageEncoder.forward
+
+    def watched(self, x):
+        seen.add((x.requires_grad, *{p.requires_grad for p in self.parameters()}))
+        return forward(self, x)
+    monkeypatch.setattr(ImageEncoder, "forward", watched)
     with Watched() as count:
         monkeypatch.setattr(torch.optim.SGD, "step", lambda self: [step(self), marks.append((count.flops, count.waits))])
         in_process(monkeypatch, "train_tecoa.py", "--model", "ViT-B-32-quickgelu", "--pretrained", "none", "--dataset",
@@ -323,6 +344,7 @@ def test_a_step_costs_at_most_62_gflop_an_image_and_waits_for_nothing(monkeypatc
     (_, _), (flops1, waits1), (flops2, waits2) = marks
     assert 55e9 < flops2 - flops1 <= 62e9
     assert waits2 == waits1
+    assert seen == {(True, False), (False, True)}   # gradients of the pixels or of all weights, never both
 
 
 def test_a_bf16_run_reports_fp32_accuracy(run, small_clip, tmp_path, read_json):

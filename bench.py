@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,11 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 import kernels
 from attacks import image_keys, pgd
@@ -36,6 +32,7 @@ from data import batches, load_task, make_cache
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss
 from kernels.pgd_step import pgd_step
 from kernels.random_start import random_start
+from measure import Operations, gflop, measure, without_data
 from model import ImageEncoder, image_size, load_clip
 from prompts import imagenet_class_names
 
@@ -45,60 +42,6 @@ SCALE = 100.
 # dense bf16 TFLOP/s with fp32 sums, from NVIDIA's data sheets of these products; the first name that fits the device's
 PEAK = {"B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121,
         "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71, "A6000": 155}
-
-
-class Operations(TorchDispatchMode):
-    """Adds up the FLOPs of every matrix product and attention that runs inside, and the bytes that all operators read and
-    write; views are free."""
-    flops = bytes = 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        out = operator(*args, **(kwargs or {}))
-        if operator._overloadpacket in flop_registry:
-            self.flops += flop_registry[operator._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        if not (operator.is_view or operator is torch.ops.aten._unsafe_view.default):
-            self.bytes += sum(t.nbytes for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor))
-        return out
-
-
-def without_data(name):
-    """The CLIP `name` with tensors that have shapes and nothing else, and the mode in which its arithmetic is not done."""
-    clip, mode = load_clip(name, "none")[0], FakeTensorMode()
-    for module in clip.modules():
-        module._parameters = {k: p if p is None else nn.Parameter(mode.from_tensor(p.detach()))
-                              for k, p in module._parameters.items()}
-        module._buffers = {k: b if b is None else mode.from_tensor(b) for k, b in module._buffers.items()}
-    return clip, mode
-
-
-def gflop(function):
-    with Operations() as count:
-        function()
-    return count.flops / 1e9
-
-
-def measure(function, device, runs):
-    """(median, lowest, highest) milliseconds of `runs` calls, and the most MiB that they hold besides what was there."""
-    for _ in range(2):
-        function()
-    if device.type == "cpu":
-        times = []
-        for _ in range(runs):
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-        return sorted(times)[runs // 2], min(times), max(times), None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        function()
-        mark.record()
-    torch.cuda.synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))
-    return times[runs // 2], times[0], times[-1], (torch.cuda.max_memory_allocated() - held) / 2 ** 20
 
 
 # ---------------------------------------------------------------------------------------------- the steps
@@ -217,8 +160,8 @@ def counts(report, models, steps, classes):
 
 def kernel_table(report, device, shapes, image_shapes, runs):
     """Each kernel against the same in PyTorch, eager and compiled. MB: read and written, by Triton's kernels if every
-    input comes from memory once, on 132 processors, and by PyTorch's operators. MiB: held besides the inputs."""
-    report.table("Kernels: ms (lowest–highest), and MiB held", [
+    input comes from memory once, on 132 processors, and by PyTorch's operators. MiB: the most that the device held."""
+    report.table("Kernels: ms (lowest–highest), and peak MiB", [
         "operation", "shape", "head / gradient", "MB, Triton", "MB, PyTorch", "Triton", "PyTorch", "PyTorch, compiled"])
 
     def compare(name, shape, dtype, function, moved):
@@ -277,7 +220,7 @@ def kernel_table(report, device, shapes, image_shapes, runs):
 def steps_table(report, device, configurations, classes, peak, runs, deadline):
     """configurations: (model, batch, PGD steps, how, with parts). Compilation is outside of every time."""
     report.table("A training step", ["model", "batch", "PGD steps", "how", "part", "ms (lowest–highest)", "images/s",
-                                     "GFLOP/image", "% of peak", "MiB"])
+                                     "GFLOP/image", "% of peak", "peak MiB"])
     name_before, clip, images_per_s, memories, notes = None, None, {}, {}, []
     for name, batch, n, how, parts in configurations:
         if time.perf_counter() > deadline:
@@ -399,7 +342,7 @@ def main():
         parser.error("--baseline needs --batch-sizes")
     gpu, steps, batches = device.type == "cuda", args.steps, args.batch_sizes
     hardware = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
-    peak = next((tflops for name, tflops in PEAK.items() if name in hardware), None)
+    peak = next((tflops for name, tflops in PEAK.items() if re.search(rf"\b{name}\b", hardware)), None)
     runs = args.runs or (20 if gpu else 3)
     path = Path(args.out) if args.out else ROOT / "results" / f"bench-{hardware.split(',')[0].replace(' ', '-')}.md"
     versions = f"PyTorch {torch.__version__}, Triton {kernels.triton.__version__ if kernels.triton else 'none'}, Python " \

@@ -45,7 +45,7 @@ METHODS = {"CLIP": (None, "tab:gray"),
 def source_version():
     """A hash of every source that a result of the stages depends on."""
     files = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), ROOT / "toy.json"])
-    files = [f for f in files if f.name not in ("paper.py", "bench.py")]
+    files = [f for f in files if f.name not in ("paper.py", "bench.py", "measure.py")]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
 
 

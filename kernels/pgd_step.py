@@ -72,15 +72,19 @@ if triton is not None:
         tl.store(out_ptr + p, clamp(clamp(moved, x - eps, x + eps), 0., 1.), mask=inside)
 
     @triton.jit
-    def l2_sums_kernel(x_adv_ptr, grad_ptr, x_ptr, sums_ptr, pixels, chunks, UINT8: tl.constexpr, BLOCK: tl.constexpr):
-        """Of one chunk of one image: Σ g², Σ d·g and Σ d² with d = x_adv − x, in fp64."""
-        image, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    def load_chunk(x_adv_ptr, grad_ptr, x_ptr, image, chunk, pixels, UINT8: tl.constexpr, BLOCK: tl.constexpr):
+        """Of one chunk of one image: x, and in fp64 d = x_adv − x and the gradient g; where they are, and which of them."""
         p = chunk * BLOCK + tl.arange(0, BLOCK)
-        inside = p < pixels
-        at = image * pixels + p
+        inside, at = p < pixels, image * pixels + p
         x = load_pixels(x_ptr + at, inside, UINT8)
         d = (tl.load(x_adv_ptr + at, mask=inside, other=0) - x).to(tl.float64)
-        g = tl.load(grad_ptr + at, mask=inside, other=0).to(tl.float64)
+        return x, d, tl.load(grad_ptr + at, mask=inside, other=0).to(tl.float64), at, inside
+
+    @triton.jit
+    def l2_sums_kernel(x_adv_ptr, grad_ptr, x_ptr, sums_ptr, pixels, chunks, UINT8: tl.constexpr, BLOCK: tl.constexpr):
+        """Of one chunk of one image: Σ g², Σ d·g and Σ d²."""
+        image, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+        x, d, g, at, inside = load_chunk(x_adv_ptr, grad_ptr, x_ptr, image, chunk, pixels, UINT8, BLOCK)
         sums = sums_ptr + image * 3 * chunks + chunk
         tl.store(sums, tl.sum(g * g))
         tl.store(sums + chunks, tl.sum(d * g))
@@ -99,12 +103,7 @@ if triton is not None:
         a = tl.where(gg == 0, 0., step_size / tl.sqrt(tl.where(gg == 0, 1., gg)))
         length = tl.sqrt(tl.maximum(dd + 2 * a * dg + a * a * gg, 0., propagate_nan=tl.PropagateNan.ALL))
         shrink = tl.where(length > eps, eps / length, length * 0 + 1)     # NaN stays NaN
-        p = chunk * BLOCK + tl.arange(0, BLOCK)
-        inside = p < pixels
-        at = image * pixels + p
-        x = load_pixels(x_ptr + at, inside, UINT8)
-        d = (tl.load(x_adv_ptr + at, mask=inside, other=0) - x).to(tl.float64)
-        g = tl.load(grad_ptr + at, mask=inside, other=0).to(tl.float64)
+        x, d, g, at, inside = load_chunk(x_adv_ptr, grad_ptr, x_ptr, image, chunk, pixels, UINT8, BLOCK)
         moved = x + (shrink * (d + a * g)).to(tl.float32)
         tl.store(out_ptr + at, clamp(moved, 0., 1.), mask=inside)
 

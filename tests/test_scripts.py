@@ -16,9 +16,9 @@ from PIL import Image
 
 import toyworld
 from attacks import image_keys, random_start
-from bench import Operations
 from eval_zeroshot import make_attack
 from kernels.contrastive_loss import cosine_logits
+from measure import Operations
 from model import ImageEncoder, load_clip
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
@@ -156,30 +156,60 @@ def task_names(words, dataset):
 
 
 def on_device(loader, device):
-    """A loader's batches on device, as lists. To a GPU they travel beside its work on the batches before."""
+    """A loader's batches, as lists, their tensors on device. To a GPU they travel beside its work on the batches before."""
     if device.type != "cuda":
-        yield from ([tensor.to(device) for tensor in batch] for batch in loader)
+        yield from ([tensor.to(device) for tensor in batch[:3]] + batch[3:] for batch in loader)
         return
     copies, work = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     for batch in loader:
         with torch.cuda.stream(copies):
-            batch = [tensor.to(device, non_blocking=True) for tensor in batch]
+            tensors = [tensor.to(device, non_blocking=True) for tensor in batch[:3]]
         work.wait_stream(copies)
-        for tensor in batch:
+        for tensor in tensors:
             tensor.record_stream(work)                # its memory is not reused before `work` is done with it
-        yield batch
+        yield tensors + batch[3:]
 
 
-def batches(task, order, batch_size, workers):
+def image_numbers(task):
+    """The number of each image in its data set, in the task's order, whatever `limit` left of it."""
+    return task.images.indices if isinstance(task.images, Subset) else range(len(task.images))
+
+
+class Tolerant(Dataset):
+    """A task's images; in place of one that cannot be read, its number and what is wrong, in a line."""
+
+    def __init__(self, task):
+        self.images, self.numbers = task.images, image_numbers(task)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, position):
+        try:
+            return self.images[position]
+        except (ValueError, OSError) as error:
+            return self.numbers[position], " ".join(str(error).split())
+
+
+def collate_readable(items):
+    """[uint8 [B,3,H,W], labels [B], numbers [B], [(number, error), …]] of `Tolerant`'s items."""
+    readable, errors = ([item for item in items if len(item) == length] for length in (3, 2))
+    return [*(default_collate(readable) if readable else [torch.empty(0, dtype=torch.int64)] * 3), errors]
+
+
+def batches(task, order, batch_size, workers, tolerant=False):
     """A DataLoader over the images of `task` in `order` (positions): uint8 [B,3,H,W], labels [B], image numbers [B].
 
-    Workers are forked: they only decode, and any other way of starting them would run the stage script again in each.
+    An image that cannot be read raises ValueError; if tolerant, it is left out, and each batch has a fourth item: the
+    (number, error) of those. Workers are forked: they only decode, and any other way of starting them would run the
+    stage script again in each.
     """
     slices = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     in_memory = isinstance(task.images, TensorDataset) or isinstance(getattr(task.images, "dataset", 0), TensorDataset)
     workers = 0 if in_memory else workers
-    return DataLoader(task.images, batch_sampler=slices, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      multiprocessing_context="fork" if workers else None)
+    return DataLoader(Tolerant(task) if tolerant else task.images, batch_sampler=slices, num_workers=workers,
+                      pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
+                      collate_fn=collate_readable if tolerant else None)
 
 
 # ---------------------------------------------------------------------------------------------- decode once

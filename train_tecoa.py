@@ -25,10 +25,11 @@ from attacks import image_keys, pgd
 from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes,
                  writable_folder, write_json)
 from data import batches, load_task, on_device, task_names
-from eval_zeroshot import draw_examples, evaluate_tasks, examples, make_attack, markdown_table
+from eval_zeroshot import evaluate_tasks, examples
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, log_odds
 from model import ImageEncoder, image_size, load_clip, save_checkpoint
 from prompts import encode_head
+from report import draw_examples, markdown_table
 
 # ---------------------------------------------------------------------------------------------- options
 parser = Parser(prog="train_tecoa.py", description=__doc__)
@@ -92,12 +93,13 @@ heads = {task.name: encode_head(clip, tokenizer, task.class_names, task.template
 def zero_shot_results(label):
     """Clean and robust accuracy on the zero-shot tasks and on held-out images of the task adapted on; and pictures."""
     precision, encoder.dtype = encoder.dtype, torch.float32                # what is reported comes from an fp32 forward
-    attack = make_attack("pgd", eps=args.eps, steps=args.eval_steps, step_size=args.eps / 4, norm=args.norm)
-    options = {"batch_size": 256, "seed": args.seed, "workers": args.workers}
-    results = evaluate_tasks(encoder, heads, scale, tasks, attack, label=label, **options)
+    attack = {"names": ["pgd"], "eps": args.eps, "steps": args.eval_steps, "step_size": args.eps / 4,
+              "norm": args.norm, "seed": args.seed}
+    results, adapted = (evaluate_tasks(encoder, heads, scale, part, attack, label=label, batch_size=256,
+                                       workers=args.workers) for part in (tasks, held_out))
     if held_out:
-        results["adapted"] = evaluate_tasks(encoder, heads, scale, held_out, attack, label=label, **options)["tasks"]
-    pictures = examples(encoder, heads, scale, tasks, attack, seed=args.seed, chosen=before_pictures) if RANK == 0 else []
+        results["adapted"] = adapted["tasks"]
+    pictures = examples(encoder, heads, scale, tasks, attack, chosen=before_pictures) if RANK == 0 else []
     encoder.dtype = precision
     return results, pictures
 

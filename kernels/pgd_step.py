@@ -24,10 +24,11 @@ def pgd_step(x_adv, grad, x, eps, step_size, norm="linf"):
     """x_adv + step along the ascent direction of grad, inside {x' : ‖x' − x‖ ≤ eps, 0 ≤ x' ≤ 1} (Madry et al. 2018).
 
     x_adv: fp32 or fp64 [B, ...]; grad: any float [B, ...]; x: uint8, or float in [0,1] [B, ...]. eps, step_size: pixel
-    fractions (linf) or L2 lengths (l2). Any layout of the pixels will do. Returns x_adv's shape and dtype.
+    fractions (linf) or L2 lengths (l2); step_size also as [B, 1, ...], one an image. Any layout of the pixels will do.
+    Returns x_adv's shape and dtype.
     linf steps along sign(grad), l2 along grad/‖grad‖; an image whose gradient is exactly zero stays where it is.
     """
-    if fused(x_adv) and x_adv.dtype == torch.float32:
+    if fused(x_adv) and x_adv.dtype == torch.float32 and not isinstance(step_size, torch.Tensor):
         return fused_pgd_step(x_adv, grad, x, eps, step_size, norm)
     return reference(x_adv, grad, x, eps, step_size, norm)
 
@@ -35,11 +36,17 @@ def pgd_step(x_adv, grad, x, eps, step_size, norm="linf"):
 def reference(x_adv, grad, x, eps, step_size, norm):
     x, grad = to_float(x), grad.to(x_adv.dtype)
     if norm == "linf":
-        x_adv = x_adv + step_size * grad.sign()
-        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
+        return project(x_adv + step_size * grad.sign(), x, eps, norm)
     length = l2_norm(grad)
     direction = torch.where(length > 0, grad / length, grad)              # 0 where the gradient is 0
-    delta = x_adv - x + step_size * direction
+    return project(x_adv + step_size * direction, x, eps, norm)
+
+
+def project(x_adv, x, eps, norm):
+    """The nearest point of the ε-ball around x to x_adv, clamped to [0,1]. x: float in [0,1]."""
+    if norm == "linf":
+        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
+    delta = x_adv - x
     length = l2_norm(delta)
     delta = delta * torch.where(length > eps, eps / length, 1)
     return (x + delta).clamp(0, 1)                  # the clamp only shortens δ: x itself lies in [0,1]

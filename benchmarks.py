@@ -189,8 +189,8 @@ def _open_files(name, part, data_root, size):
 def load_benchmark(name, part, *, size, data_root=None, templates="paper"):
     """(images, class names, template) of one of BENCHMARKS, or of shards: wds:PATH. part: "train" or "val".
 
-    size: the model's resolution; CIFAR and STL-10 stay at their own. ValueError, in one line: not there (it says how to get
-    it), not whole, or without that part.
+    size: the model's resolution; CIFAR and STL-10 stay at their own. ImageNet's folders are data.py's, its shards are opened
+    here. ValueError, in one line: not there (it says how to get it), not whole, or without that part.
     """
     path = Path(name.removeprefix("wds:"))
     if name.startswith("wds:"):

@@ -5,6 +5,7 @@ import os
 import pickle
 import tarfile
 import warnings
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -334,7 +335,8 @@ def test_unknown_words_are_one_line():
 def test_every_mode_becomes_the_rgb_it_shows():
     red, clear = Image.new("RGB", (6, 4), (204, 0, 51)), io.BytesIO()
     red.convert("P").save(clear, "png", transparency=bytes(256))                          # PIL warns of those
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         for image in (red, red.convert("RGBA"), red.convert("P"), red.convert("CMYK"), Image.open(clear)):
             assert np.array_equal(np.asarray(rgb(image)), np.asarray(red)), image.mode
         for image in (red.convert("L"), red.convert("LA")):
@@ -344,11 +346,27 @@ def test_every_mode_becomes_the_rgb_it_shows():
 
 @pytest.mark.parametrize("dtype,mode,kind", [(np.uint16, "I;16", "png"), (np.int32, "I", "tiff"), (">u2", "I;16B", "tiff")])
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, dtype, mode, kind):
-    grey = np.linspace(0, 65535, 256).astype(dtype).reshape(16, 16)
-    Image.frombytes(mode, (16, 16), grey.tobytes()).save(tmp_path / f"a.{kind}")
+    grey = np.linspace(0, 65535, 1024).astype(dtype).reshape(32, 32)
+    Image.frombytes(mode, (32, 32), grey.tobytes()).save(tmp_path / f"a.{kind}")
     assert Image.open(tmp_path / f"a.{kind}").mode.startswith("I")
     expected = np.rint(grey / 257).astype(np.uint8)[..., None].repeat(3, 2)
     assert np.array_equal(np.asarray(rgb(tmp_path / f"a.{kind}")), expected)
+
+
+def test_folders_read_them_too(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.full((30, 30), 257 * 77, np.uint16)).save(tmp_path / name / "x.png")
+    assert (load_task(f"folder:{tmp_path}", "val", size=8).images[1][0] == 77).all()
+
+
+def test_the_order_is_not_the_disks(tmp_path, monkeypatch):
+    sun397(tmp_path)
+    original, orders = Path.rglob, []
+    for turn in (1, -1):
+        monkeypatch.setattr(Path, "rglob", lambda path, pattern, turn=turn: sorted(original(path, pattern))[::turn])
+        orders.append(load_task("sun397", "val", data_root=tmp_path).images.samples)
+    assert orders[0] == orders[1] and len(orders[0]) == 6
 
 
 def test_odd_files_in_a_set(tmp_path):
@@ -535,7 +553,10 @@ def test_an_ensemble_is_the_unit_mean_of_unit_embeddings():
         mean = sum(r / r.norm() for r in rows) / 3
         assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
         assert not torch.allclose(row, rows.mean(0) / rows.mean(0).norm(), atol=1e-6)
-    assert torch.equal(encode_head(clip, tokenizer, names, templates[:1]), encode_head(clip, tokenizer, names, templates[0]))
+    names = [f"class {i}" for i in range(200)]                                           # one template is as without any
+    alone = clip.encode_text(tokenizer([f"the {name} on the left" for name in names])).float()
+    for template in (templates[1], templates[1:2]):
+        assert torch.equal(encode_head(clip, tokenizer, names, template), torch.nn.functional.normalize(alone, dim=-1))
 
 
 def test_clips_ensembles(tmp_path):

@@ -33,7 +33,7 @@ class Benchmark(NamedTuple):
 
 BENCHMARKS = {
     "imagenet": Benchmark(None, "imagenet", {}, {}, TEMPLATE, ("imagenet1k",),
-                          "image-net.org, as train/<class>/ and val/<class>/"),
+                          "image-net.org, unpacked to train/<class>/ and val/<class>/,"),
     "cifar10": Benchmark(datasets.CIFAR10, "cifar-10-batches-py", {"train": True}, {"train": False}, TEMPLATE,
                          ("vtab-cifar10", "cifar10")),
     "cifar100": Benchmark(datasets.CIFAR100, "cifar-100-python", {"train": True}, {"train": False}, TEMPLATE,
@@ -99,10 +99,10 @@ def open_shards(path, part, size):
     return Shards(tars, len(classes), size), classes, [line.replace("{c}", "{}") for line in templates if "{c}" in line]
 
 
-def find(name, data_root):
+def find(name, data_root, part="val"):
     """Where a set is under data_root: (its folder, False), (its folder of shards, True), or None."""
     root, benchmark = Path(data_root), BENCHMARKS[name]
-    if name == "imagenet" and any((root / folder / "val").is_dir() for folder in ("imagenet", "")):
+    if name == "imagenet" and any((root / folder / part).is_dir() for folder in ("imagenet", "")):
         return root, False
     if name != "imagenet" and (root / benchmark.folder).is_dir():
         return root / benchmark.folder, False
@@ -111,14 +111,14 @@ def find(name, data_root):
 
 
 def how_to_get(name, data_root):
-    """One line: where a set belongs under data_root, and how to get it there."""
-    opener, folder, _, words, _, shards, source = BENCHMARKS[name]
+    """One line: the commands, or the page, that get a set to where it is looked for under data_root."""
+    opener, _, _, words, _, shards, source = BENCHMARKS[name]
     if source == "torchvision":
         words = "".join(f", {key}={value!r}" for key, value in words.items())
         source = f"python -c \"import torchvision.datasets as d; d.{opener.__name__}('{data_root}'{words}, download=True)\""
     hub = [f"hf download clip-benchmark/wds_{called} --repo-type dataset --local-dir {data_root}/wds_{called}"
            for called in shards[:1]]
-    return f"get it as {Path(data_root) / folder} with: {'; or: '.join(filter(None, [source, *hub]))}"
+    return " or: ".join(filter(None, [source, *hub]))
 
 
 def present(data_root):
@@ -174,7 +174,7 @@ def _open_files(name, part, data_root, size):
     opener, folder, train, test = BENCHMARKS[name][:4]
     if opener is None:
         return Images(name, _memes(Path(data_root) / folder), size), ["meme", "hatespeech meme"]
-    if opener is datasets.STL10:                     # the checksums of its files take a minute, and 2.6 GB are not used
+    if opener is datasets.STL10:                     # its checksums would read 2.6 GB that nothing here uses
         opener = type("STL10", (opener,), {"_check_integrity": lambda self: True})
     dataset = opener(str(data_root), **(train if part == "train" else test))
     if name in NATIVE:
@@ -204,7 +204,8 @@ def load_benchmark(name, part, *, size, data_root=None, templates="paper"):
     if part not in ("train", "val") or part == "train" and where and not where[1] and BENCHMARKS[name].train is None:
         raise ValueError(f"{name} is for evaluation only: it has no images to {'adapt on' if part == 'train' else part}")
     if where is None:
-        raise ValueError(f"{name} is not under {data_root}: {how_to_get(name, data_root)}")
+        folders = " or ".join([BENCHMARKS[name].folder, *(f"wds_{shards}" for shards in BENCHMARKS[name].shards)])
+        raise ValueError(f"{name} is not under {data_root} as {folders}; get it with: {how_to_get(name, data_root)}")
     size, own = None if name in NATIVE else size, []
     if where[1]:
         images, classes, own = open_shards(where[0], part, size)
@@ -212,7 +213,8 @@ def load_benchmark(name, part, *, size, data_root=None, templates="paper"):
         try:
             images, classes = _open_files(name, part, data_root, size)
         except Exception as error:                   # torchvision's classes raise what the first missing file makes them
-            raise ValueError(f"{where[0]} is not whole: {one_line(error)}; {how_to_get(name, data_root)}") from None
+            how = how_to_get(name, data_root)
+            raise ValueError(f"{where[0]} is not whole: {one_line(error)}; get it with: {how}") from None
     if not len(images):
         raise ValueError(f"{where[0]} holds no images")
     if name not in BENCHMARKS:

@@ -125,7 +125,7 @@ def load_task(name, part, *, size=224, data_root=None, limit=None, templates="pa
     toy = name.removeprefix("toy:")
     if name == "toy":
         toy = TOY_ADAPTED
-    found = find(name, data_root) if name == "imagenet" and data_root is not None else None
+    found = find(name, data_root, part) if name == "imagenet" and data_root is not None else None
     if toy == "scans" and part != "val":
         raise ValueError("scans are for evaluation only: all of its images are reported on")
     if toy in toyworld.TASKS:
@@ -136,8 +136,9 @@ def load_task(name, part, *, size=224, data_root=None, limit=None, templates="pa
         try:
             task = _folder_task(name, _image_root(name, data_root), part, size)
         except ValueError as error:
-            hint = f"; {how_to_get(name, data_root)}" if name == "imagenet" and data_root is not None and not found else ""
-            raise ValueError(f"{error}{hint}") from None
+            if name != "imagenet" or data_root is None or found:
+                raise
+            raise ValueError(f"{error}; get it with: {how_to_get(name, data_root)}") from None
     elif name.startswith("wds:") or name in BENCHMARKS:
         task = Task(name, *load_benchmark(name, part, size=size, data_root=data_root, templates=templates))
     elif name.startswith("cache:"):

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import warnings
 from pathlib import Path
@@ -282,7 +283,7 @@ def test_a_missing_set_is_one_line_that_says_how_to_get_it(tmp_path, name):
     with pytest.raises(ValueError) as error:
         load_task(name, "val", data_root=tmp_path)
     assert "\n" not in str(error.value) and how_to_get(name, tmp_path) in str(error.value)
-    assert str(tmp_path / BENCHMARKS[name].folder) in str(error.value)
+    assert str(tmp_path) in str(error.value) and BENCHMARKS[name].folder in str(error.value)
     assert files(tmp_path) == []                                                         # Caltech's classes make folders
     with pytest.raises(ValueError, match="needs --data-root"):
         load_task(name, "val")
@@ -311,7 +312,8 @@ def test_all_is_what_is_there_but_for_the_one_adapted_on(tmp_path):
         SETS[name][0](tmp_path)
     there, missing = present(tmp_path)
     assert there == ["imagenet", "stl10", "pets", "hateful-memes"] and set(missing) == set(SETS) - set(there)
-    assert all("\n" not in how and str(tmp_path) in how for how in missing.values())
+    assert all(how == how_to_get(name, tmp_path) and "\n" not in how for name, how in missing.items())
+    assert str(tmp_path) in missing["cars"] and str(tmp_path) in missing["caltech256"]
     assert task_names("all", "imagenet", tmp_path) == ["stl10", "pets", "hateful-memes"]
     assert task_names("all", "folder:/x", data_root=tmp_path) == there
     assert task_names("all", "imagenet") == ["imagenet"] and task_names("none", "imagenet", tmp_path) == []
@@ -473,6 +475,10 @@ def test_imagenet_from_shards_has_the_papers_names(tmp_path):
     assert task.class_names == paper and paper[7] == "cock" and len(task.images) == 2
     write(tmp_path / "wds_imagenet1k" / "classnames.txt", "\n".join(reversed(paper)))     # another order: their own
     assert load_task("imagenet", "val", size=24, data_root=tmp_path).class_names[0] == "toilet tissue"
+    imagenet(tmp_path)
+    shutil.rmtree(tmp_path / "imagenet" / "val")                                         # each part from where it is
+    assert len(load_task("imagenet", "train", size=24, data_root=tmp_path).images) == 3
+    assert len(load_task("imagenet", "val", size=24, data_root=tmp_path).images) == 2
 
 
 def test_damaged_shards_are_one_line_that_names_the_tar(tmp_path):

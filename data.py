@@ -1,8 +1,8 @@
-"""Tasks: a name → images, labels, class names and a template. The drawn toy world, ImageNet, any folder of images.
+"""Tasks: a name → images, labels, class names and templates. The toy world, the paper's data sets, any folder of images.
 
 Images are uint8 [3,H,W]; nothing here normalises. Evaluation names: `toy:digits` and its sisters (or just `digits`),
-`imagenet`, `folder:PATH`, `cache:FILE`; `all` stands for every task that belongs to the model. Training takes the same
-names. Where decoding is what a run waits for, decode once:
+`imagenet`, `cifar10` and the others of benchmarks.py, `folder:PATH`, `wds:PATH`, `cache:FILE`; `all` stands for every task
+that belongs to the model. Training takes the same names. Where decoding is what a run waits for, decode once:
 
     python data.py cache --dataset imagenet --data-root DIR --out FILE     # then --dataset cache:FILE
     python data.py verify FILE                                             # read it all and compare checksums
@@ -21,13 +21,13 @@ import PIL
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate
 from torchvision import datasets
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import toyworld
-from prompts import imagenet_class_names
+from benchmarks import BENCHMARKS, TEMPLATE, find, how_to_get, load_benchmark, present
+from images import one_line, rgb, to_pixels
+from prompts import imagenet_class_names, openai_templates
 
-TEMPLATE = "This is a photo of a {}"                 # the paper's, without a full stop
 TOY_TRAIN, TOY_TEST = 16384, 400                     # images drawn to adapt on, and per task to evaluate on
 TOY_ADAPTED = "seen"                                 # the one toy task to adapt on; the others are zero-shot
 CACHE_FORMAT = "TeCoA image cache 1"
@@ -37,7 +37,7 @@ class Task(NamedTuple):
     name: str
     images: Dataset                                  # item i: (uint8 [3,H,W], label, i)
     class_names: list
-    template: str
+    template: str                                    # or a list of them, an ensemble
 
 
 class Folder(datasets.ImageFolder):
@@ -50,18 +50,16 @@ class Folder(datasets.ImageFolder):
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"no such folder: {path}")
-        transform = v2.Compose([v2.Resize(round(size * 256 / 224), v2.InterpolationMode.BICUBIC), v2.CenterCrop(size),
-                                v2.PILToTensor()])
         try:
-            super().__init__(path, transform)        # its loader converts to RGB
+            super().__init__(path, to_pixels(size), loader=rgb)
         except FileNotFoundError as error:           # no class folders, or one without images
-            raise ValueError(f"{path} is not a folder of <class>/<image>: {' '.join(str(error).split())[:200]}") from None
+            raise ValueError(f"{path} is not a folder of <class>/<image>: {one_line(error)}") from None
 
     def __getitem__(self, index):
         try:
             return *super().__getitem__(index), index
         except Exception as error:                   # each decoder has its own kind, and few of them name the file
-            raise ValueError(f"cannot decode {self.samples[index][0]}: {' '.join(str(error).split())[:200]}") from None
+            raise ValueError(f"cannot decode {self.samples[index][0]}: {one_line(error)}") from None
 
 
 class Cache(Dataset):
@@ -114,29 +112,43 @@ def _folder_task(name, root, part, size):
     return Task(name, folder, names, TEMPLATE)
 
 
-def load_task(name, part, *, size=224, data_root=None, limit=None):
+def load_task(name, part, *, size=224, data_root=None, limit=None, templates="paper"):
     """One Task. part: "train" (to adapt on), "val" (to evaluate on) or, in the toy world, also "tune" (to choose by).
 
     size: the model's resolution in pixels, for images of no fixed one. limit: at most so many images, evenly spread over
-    the set; toy sets are drawn that small. Raises ValueError, in one line, for a name, folder or part that is not there
-    or holds fewer than two classes.
+    the set; toy sets are drawn that small. templates: the "paper"'s one of the set, or "openai": CLIP's ensemble for it,
+    which the toy world does not have. Raises ValueError, in one line, for a name, folder or part that is not there or holds
+    fewer than two classes.
     """
+    if templates not in ("paper", "openai"):
+        raise ValueError(f"templates are paper or openai, not {templates}")
     toy = name.removeprefix("toy:")
     if name == "toy":
         toy = TOY_ADAPTED
+    found = find(name, data_root, part) if name == "imagenet" and data_root is not None else None
     if toy == "scans" and part != "val":
         raise ValueError("scans are for evaluation only: all of its images are reported on")
     if toy in toyworld.TASKS:
         count = TOY_TRAIN if part == "train" else TOY_TEST
         images, labels = toyworld.task(toy, "test" if part == "val" else part, min(count, limit or count))
         task = Task(toy, TensorDataset(images, labels, torch.arange(len(labels))), *toyworld.TASKS[toy])
-    elif name == "imagenet" or name.startswith("folder:"):
-        task = _folder_task(name, _image_root(name, data_root), part, size)
+    elif name.startswith("folder:") or name == "imagenet" and not (found and found[1]):
+        try:
+            task = _folder_task(name, _image_root(name, data_root), part, size)
+        except ValueError as error:
+            if name != "imagenet" or data_root is None or found:
+                raise
+            raise ValueError(f"{error}; get it with: {how_to_get(name, data_root)}") from None
+    elif name.startswith("wds:") or name in BENCHMARKS:
+        task = Task(name, *load_benchmark(name, part, size=size, data_root=data_root, templates=templates))
     elif name.startswith("cache:"):
         images = Cache(name.removeprefix("cache:"), part, size)
         task = Task(name, images, images.class_names, images.template)
     else:
-        raise ValueError(f"unknown task {name!r}: expected {', '.join(toyworld.TASKS)}, imagenet, folder:PATH or cache:FILE")
+        raise ValueError(f"unknown task {name!r}: expected {', '.join((*toyworld.TASKS, *BENCHMARKS))}, folder:PATH, "
+                         "wds:PATH or cache:FILE")
+    if templates == "openai" and isinstance(task.images, Folder | Cache):
+        task = task._replace(template=openai_templates(name))
     if len(task.class_names) < 2:
         raise ValueError(f"{name} has only one class ({task.class_names[0]}): there is nothing to tell apart")
     if limit is not None and limit < len(task.images):
@@ -145,13 +157,16 @@ def load_task(name, part, *, size=224, data_root=None, limit=None):
     return task
 
 
-def task_names(words, dataset):
-    """The names that `--tasks` means: a comma list, `none`, or `all` = the toy's zero-shot tasks, or else `dataset`."""
+def task_names(words, dataset, data_root=None):
+    """The names that `--tasks` means: a comma list, `none`, or `all` = the toy's zero-shot tasks or, for another dataset,
+    the sets that are there under data_root but for `dataset` itself; it alone where there are no others.
+    """
     if words == "none":
         return []
     if words == "all":
         toy = dataset.removeprefix("toy:") in (*toyworld.TASKS, "toy")
-        return [name for name in toyworld.TASKS if name not in (TOY_ADAPTED, dataset)] if toy else [dataset]
+        names = toyworld.TASKS if toy else present(data_root)[0] if data_root is not None else []
+        return [name for name in names if name not in (TOY_ADAPTED, dataset)] or [dataset]
     return list(dict.fromkeys(filter(None, (word.strip() for word in words.split(",")))))
 
 

@@ -15,12 +15,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from attacks import cw, image_keys, pgd
+from checkpoints import load_visual, read_checkpoint
 from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, start_processes, writable_folder,
                  write_json)
 from data import batches, load_task, on_device, task_names
 from kernels.contrastive_loss import contrast, contrastive_log_odds, cosine_logits
 from kernels.pgd_step import to_float
-from model import ImageEncoder, image_size, load_clip, load_visual, read_checkpoint
+from model import ImageEncoder, image_size, load_clip
 from prompts import encode_head
 
 # ---------------------------------------------------------------------------------------------- evaluation

@@ -22,12 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from attacks import image_keys, pgd
+from checkpoints import save_checkpoint
 from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes,
                  writable_folder, write_json)
 from data import batches, load_task, on_device, task_names
 from eval_zeroshot import draw_examples, evaluate_tasks, examples, make_attack, markdown_table
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, log_odds
-from model import ImageEncoder, image_size, load_clip, save_checkpoint
+from model import ImageEncoder, image_size, load_clip
 from prompts import encode_head
 
 # ---------------------------------------------------------------------------------------------- options

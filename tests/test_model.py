@@ -5,8 +5,9 @@ import open_clip
 import pytest
 import torch
 
-import model
-from model import ImageEncoder, image_size, load_clip, load_visual, read_checkpoint, save_checkpoint
+import checkpoints
+from checkpoints import load_visual, read_checkpoint, save_checkpoint
+from model import ImageEncoder, image_size, load_clip
 
 CONFIG = {"model": "toy", "pretrained": "none"}
 
@@ -97,7 +98,7 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def full(value, path):
         path.write_bytes(b"half a file")
         raise OSError("No space left on device")
-    monkeypatch.setattr(model.torch, "save", full)
+    monkeypatch.setattr(checkpoints.torch, "save", full)
     with pytest.raises(OSError):
         save_checkpoint(tmp_path / "ckpt.pt", clip, CONFIG, step=2)
     assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 1

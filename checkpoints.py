@@ -98,8 +98,7 @@ def read_file(path):
     try:
         if head[8:9] == b"{":                                          # .safetensors: 8 bytes of length, then JSON
             return safetensors.torch.load_file(path)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(
-                [(Ignored, name) for name in Ignored.NAMES]):
+        with warnings.catch_warnings(), torch.serialization.safe_globals([(Ignored, name) for name in Ignored.NAMES]):
             warnings.simplefilter("ignore")                            # about a TorchScript file, which is refused anyway
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                         # a damaged file fails in many ways
@@ -171,7 +170,7 @@ def read_checkpoint(path, model=None):
     prompts (if there are any, see `read_prompts`).
     """
     content = read_file(path)
-    if content.get("format") == FORMAT:
+    if content.get("format") == FORMAT and {"model", "pretrained", "config", "visual", "text"} <= content.keys():
         return content
     sections = {key: content[key] for key in (*PLACES, "add_prompter") if isinstance(content.get(key), dict)}
     place = next((key for key in PLACES if any("conv1.weight" in str(name) for name in sections.get(key, {}))), None)
@@ -188,13 +187,14 @@ def read_checkpoint(path, model=None):
     visual = {name: tensor for name, tensor in weights.items() if name.startswith("visual.")}
     text = {name: tensor for name, tensor in weights.items() if not name.startswith("visual.")}
     inferred = openai_model(visual) if not text or are_openai_weights(text) else None
+    kind = "full" if text else "visual" if visual else "prompts"
     if not (model or inferred):
-        shape = tuple(visual.get("visual.conv1.weight", torch.empty(0)).shape)
-        raise ValueError(f"{path} does not say its model, and it is none of OpenAI's ViTs (conv1 {shape}): give --model and "
-                         "--pretrained")
-    checkpoint = {"format": "full" if text else "visual" if visual else "prompts", "model": model or inferred, "config": {},
-                  "pretrained": ("none" if text else "openai") if inferred and model in (None, inferred) else None,
-                  "visual": visual, "text": None}
+        found = {"full": "a whole CLIP that is not known to be OpenAI's", "visual": "an image encoder of another shape than "
+                 "OpenAI's", "prompts": "visual prompts alone"}[kind]
+        raise ValueError(f"{path} has {found}, and does not say for which model: give --model and --pretrained")
+    pretrained = ("none" if text else "openai") if inferred and model in (None, inferred) else None
+    checkpoint = {"format": kind, "model": model or inferred, "pretrained": pretrained, "config": {}, "visual": visual,
+                  "text": None}
     return checkpoint | ({"text_state": text} if text else {}) | ({"prompts": prompts} if prompts else {})
 
 
@@ -204,7 +204,7 @@ def load_visual(clip, checkpoint, path):
     Ours and image encoders alone leave clip its text encoder, a whole CLIP brings its own. Visual prompts are only
     checked: they belong to `ImageEncoder(clip, prompts=checkpoint.get("prompts"))`.
     """
-    if checkpoint["text"] not in (None, text_fingerprint(clip)):
+    if checkpoint["text"] and checkpoint["text"] != text_fingerprint(clip):
         raise ValueError(f"{path} was adapted against another text encoder than that of {checkpoint['model']} "
                          f"{checkpoint['pretrained']} here: give the original weights as --pretrained FILE")
     text = checkpoint.get("text_state", {})

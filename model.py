@@ -1,22 +1,24 @@
-"""CLIP: loading one, the differentiable path pixels → features, which parameters train, reading and writing checkpoints."""
-import hashlib
+"""CLIP: loading one, and the differentiable path from pixels to features."""
 import logging
 import math
-import os
-import warnings
+import re
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
 import toyworld
 
 
 def image_size(name, pretrained=None):
-    """The resolution of a CLIP in pixels; nothing is loaded yet, but that the names are known is checked: ValueError."""
+    """The resolution of a CLIP in pixels; nothing is loaded yet, but the names are checked: ValueError.
+
+    They must be known, and agree on the activation: open_clip loads weights that were trained with QuickGELU into a
+    model without, and only warns.
+    """
     if name == "toy":
         toyworld.register()
         known = ["seed0, seed1, …"]
@@ -31,6 +33,12 @@ def image_size(name, pretrained=None):
     else:
         known = open_clip.list_pretrained_tags_by_model(name)
         found = pretrained in known
+        if found:
+            trained = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
+            if trained != bool(open_clip.get_model_config(name).get("quick_gelu")):
+                raise ValueError(f"QuickGELU mismatch: the weights {pretrained} were trained "
+                                 + (f"with it, which is --model {name}-quickgelu" if trained else f"without it, but {name} "
+                                    "has it"))
     if not (found or pretrained == "none" or pretrained and Path(pretrained).is_file()):
         raise ValueError(f"--pretrained {pretrained} for --model {name}: expected a file, none (random weights) or one of "
                          + ", ".join(known))
@@ -43,9 +51,10 @@ def image_size(name, pretrained=None):
 def load_clip(name, pretrained=None, device="cpu", seed=0):
     """The frozen CLIP `name` in fp32 on device, and its tokenizer.
 
-    name: an open_clip model, `hf-hub:org/repo`, or `toy`. pretrained: an open_clip tag, a file with a state dict, or
-    `none` for random weights; for `toy` the tags are seed0, seed1, … (trained here and cached on first use), and None
-    is seed<seed>. Raises ValueError, in one line, if it cannot be had or is not a ViT with a class token.
+    name: an open_clip model, `hf-hub:org/repo`, or `toy`. pretrained: an open_clip tag, a file (a state dict, alone,
+    as .safetensors or inside open_clip's training checkpoint), or `none` for random weights; for `toy` the tags are
+    seed0, seed1, … (trained here and cached on first use), and None is seed<seed>. Raises ValueError, in one line, if
+    it cannot be had, is not a ViT with a class token, or has not the activation that its weights were trained with.
     """
     image_size(name, pretrained)
     if name == "toy" and not (pretrained == "none" or pretrained and Path(pretrained).is_file()):
@@ -53,21 +62,43 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
     torch.manual_seed(seed)                                            # for random weights
     logging.disable()                                                  # open_clip's own account of what it does
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="QuickGELU mismatch")
-            clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
-    except UserWarning as mismatch:
-        raise ValueError(f"{mismatch} Weights trained with QuickGELU need the model's -quickgelu name, others the plain "
-                         "one.") from None
+        clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
     except Exception as error:                                         # open_clip raises many kinds, some over many lines
-        raise ValueError(f"cannot load --model {name} --pretrained {pretrained}: {' '.join(str(error).split())[:200]}"
-                         ) from None
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"cannot load --model {name} --pretrained {pretrained}: {said}") from None
     finally:
         logging.disable(logging.NOTSET)
     visual = clip.visual
     if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
         raise ValueError(f"--model {name}: its image encoder is not a vision transformer with a class token")
+    refuse_openai_weights_without_quickgelu(clip, clip.state_dict(), f"--pretrained {pretrained}", name)
     return clip.requires_grad_(False).eval().to(device), open_clip.get_tokenizer(name)
+
+
+def are_openai_weights(state):
+    """Whether a CLIP's text tower, {open_clip's name: tensor}, is OpenAI's, which was trained with QuickGELU.
+
+    No state dict says its activation, but OpenAI's files have a mark of their own (an observation of ours): the linear
+    weights are stored in half precision and the token embedding in single. ViT-B-32.pt shows it by its 354 MB: 151 M
+    parameters at 2 bytes, and 2 more for the 25 M of the embedding. So, whatever type they were saved in since, the
+    linear weights are numbers that fp16 holds exactly and the embedding is not. Weights trained elsewhere have fp32
+    masters in both. A file that was rounded to fp16 as a whole tells nothing. The text tower, because TeCoA freezes it.
+    """
+    linear = [t for name, t in state.items() if t.ndim == 2 and re.match(r"(text\.)?transformer\.resblocks\..*weight", name)]
+    embedding = [t for name, t in state.items() if re.fullmatch(r"(text\.)?token_embedding\.weight", name)]
+    half = [all(torch.equal(t.float(), t.half().float()) for t in tensors) for tensors in (linear, embedding)]
+    return bool(linear and embedding) and half == [True, False]
+
+
+def refuse_openai_weights_without_quickgelu(clip, state, source, name):
+    """ValueError, naming the source, if `state` is OpenAI's and clip, an open_clip `name`, computes another activation.
+
+    Not the other way around: MetaCLIP and DFN used QuickGELU as well.
+    """
+    quick = any(isinstance(module, QuickGELU) for module in clip.visual.modules())
+    if not quick and are_openai_weights(state):
+        raise ValueError(f"QuickGELU mismatch: the text encoder of {source} is OpenAI's, trained with QuickGELU, which "
+                         f"--model {name} lacks: take --model {name}-quickgelu")
 
 
 def run_block(block, x, count=None):
@@ -92,9 +123,13 @@ class ImageEncoder(nn.Module):
     forward: x fp32 [B, 3, H, W] in [0,1], at the data set's own resolution, or fp32 [B, h·w, 3·p·p] from `patchify`
     → z fp32 [B, D], not normalised.
     Everything up to the tokens is fp32, because bf16 rounds a pixel by up to half of 1/255; the blocks run in `dtype`.
+
+    prompts: visual prompts, {"border": [1, 3, S, S], "tokens": [L, width]}, either or both. The border (zero inside) is
+    added after resize and normalisation and not clipped, S being the model's resolution; the tokens follow the patches,
+    before ln_pre, without positions, the same for every image. Both are frozen parameters of this module.
     """
 
-    def __init__(self, clip, dtype=torch.float32):
+    def __init__(self, clip, dtype=torch.float32, prompts=None):
         super().__init__()
         self.visual, self.dtype = clip.visual, dtype
         device = clip.logit_scale.device
@@ -103,6 +138,10 @@ class ImageEncoder(nn.Module):
         for name in ("mean", "std"):                                   # [3·p·p], of each pixel of a patch
             columns = torch.tensor(statistics[name], device=device).repeat_interleave(area)
             self.register_buffer(name, columns, persistent=False)
+        for name in ("border", "tokens"):
+            prompt = (prompts or {}).get(name)
+            prompt = None if prompt is None else nn.Parameter(prompt.float().to(device), requires_grad=False)
+            self.register_parameter(name, prompt)
 
     def patchify(self, x):
         """[B, 3, H, W] → [B, h·w, 3·p·p], any dtype: what the patch embedding multiplies. H, W: the model's own.
@@ -123,8 +162,13 @@ class ImageEncoder(nn.Module):
             # conv1((x − mean) / std): its stride is its size, so it is a product; normalising goes into its weights
             weight = visual.conv1.weight.flatten(1) / self.std                                  # [width, 3·p·p]
             patches = F.linear(x, weight, -(weight * self.mean).sum(1))                         # [B, h·w, width]
+            if self.border is not None:                                # conv1 is linear: the same for every image
+                patches = patches + F.linear(self.patchify(self.border), visual.conv1.weight.flatten(1))
             first = visual.class_embedding.expand(len(x), 1, -1)
-            tokens = visual.ln_pre(torch.cat([first, patches], 1) + visual.positional_embedding)
+            tokens = torch.cat([first, patches], 1) + visual.positional_embedding
+            if self.tokens is not None:
+                tokens = torch.cat([tokens, self.tokens.expand(len(x), -1, -1)], 1)
+            tokens = visual.ln_pre(tokens)
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             blocks = visual.transformer.resblocks
             if all(type(block) is ResidualAttentionBlock for block in blocks):
@@ -136,60 +180,3 @@ class ImageEncoder(nn.Module):
             if visual.proj is not None:
                 z = z @ visual.proj
         return z.float()
-
-
-# ---------------------------------------------------------------------------------------------- checkpoints
-FORMAT = "tecoa-1"
-
-
-def text_fingerprint(clip):
-    """Identifies the text encoder that a checkpoint's image encoder was trained against: sha256 of its tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(clip.state_dict().items()):
-        if not name.startswith("visual."):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def save_checkpoint(path, clip, config, **more):
-    """Write the image encoder and what is needed to use it again, as a plain dict that loads with weights_only=True.
-
-    Keys: format, model, pretrained, text (the text encoder's fingerprint), config, visual (open_clip's `visual.*`
-    names → fp32 tensors), and `more`. Written beside, then renamed: a killed run leaves the old file or the new one.
-    """
-    visual = {name: tensor.detach().cpu() for name, tensor in clip.state_dict().items() if name.startswith("visual.")}
-    checkpoint = {"format": FORMAT, "model": config["model"], "pretrained": config["pretrained"],
-                  "text": text_fingerprint(clip), "config": config, "visual": visual, **more}
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
-
-
-def read_checkpoint(path):
-    """The dict that `save_checkpoint` wrote. Raises ValueError, in one line, for any other file."""
-    if not Path(path).is_file():
-        raise ValueError(f"no checkpoint at {path}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                            # about a TorchScript file, which is refused anyway
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                                                  # a damaged file fails in many ways
-        raise ValueError(f"{path} is not a checkpoint that PyTorch can read (weights_only)") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of train_tecoa.py (format {FORMAT})")
-    return checkpoint
-
-
-def load_visual(clip, checkpoint, path):
-    """Put a checkpoint's image encoder into the CLIP that it was adapted from; strict. Raises ValueError otherwise."""
-    if checkpoint["text"] != text_fingerprint(clip):
-        raise ValueError(f"{path} was adapted against another text encoder than that of {checkpoint['model']} "
-                         f"{checkpoint['pretrained']} here: give the original weights as --pretrained FILE")
-    current = {name: tensor for name, tensor in clip.state_dict().items() if name.startswith("visual.")}
-    missing, unexpected = sorted(current.keys() - checkpoint["visual"]), sorted(checkpoint["visual"].keys() - current)
-    wrong = [name for name in current.keys() & checkpoint["visual"].keys()
-             if current[name].shape != checkpoint["visual"][name].shape]
-    if missing or unexpected or wrong:
-        raise ValueError(f"{path} does not fit {checkpoint['model']}: missing {missing[:3]}, unexpected "
-                         f"{unexpected[:3]}, of another shape {wrong[:3]}")
-    clip.load_state_dict(checkpoint["visual"], strict=False)          # the text encoder keeps its own

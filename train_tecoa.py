@@ -22,12 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from attacks import image_keys, pgd
+from checkpoints import save_checkpoint
 from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes,
                  writable_folder, write_json)
 from data import batches, load_task, on_device, task_names
 from eval_zeroshot import evaluate_tasks, examples
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, log_odds
-from model import ImageEncoder, image_size, load_clip, save_checkpoint
+from model import ImageEncoder, image_size, load_clip
 from prompts import encode_head
 from report import draw_examples, markdown_table
 
@@ -46,7 +47,7 @@ parser.option(group, "--epochs", 10, 3, "passes over the data set", type=number(
 group.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps of the same schedule")
 parser.option(group, "--lr", 1e-5, 7e-3, "peak learning rate of SGD", type=number(float, 0))
 parser.option(group, "--warmup", 1000, 25, "steps of linear warm-up, before the cosine to 0", type=number(int, 0))
-group.add_argument("--eval-steps", type=number(int, 1), default=10, help="PGD steps, of ε/4, for the two tables "
+group.add_argument("--eval-steps", type=number(int, 1), default=40, help="PGD steps, of ε/4, for the two tables "
                    "(default: %(default)s)")
 args = parser.parse_args()
 args.model, args.norm = args.model or "toy", args.norm or "linf"
@@ -74,7 +75,8 @@ try:
                          f"{f' in {args.accumulate} parts' if args.accumulate > 1 else ''}")
     options = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit}
     train = load_task(args.dataset, "train", **options)
-    tasks = [load_task(name, "val", **options) for name in task_names(args.tasks, args.dataset)]
+    tasks = [load_task(name, "val", **options) for name in
+             task_names(args.tasks, args.dataset, args.data_root)]
     held_out = [load_task(args.dataset, "val", **options)] if tasks and train.name not in [t.name for t in tasks] else []
     if len(train.images) < args.batch_size:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.images)} images of {args.dataset}")

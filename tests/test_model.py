@@ -1,21 +1,34 @@
 """model.py: the path from pixels to features, and checkpoints."""
+import argparse
+import copy
+import functools
 import os
+from contextlib import nullcontext
 
+import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 
+import checkpoints
 import model
-from model import ImageEncoder, image_size, load_clip, load_visual, read_checkpoint, save_checkpoint
+from checkpoints import export_clip, load_visual, read_checkpoint, save_checkpoint
+from model import ImageEncoder, image_size, load_clip
 
 CONFIG = {"model": "toy", "pretrained": "none"}
+kept = functools.cache(lambda name, seed=0: load_clip(name, "none", seed=seed)[0])        # to look at only: it is shared
+
+
+def toy(seed=0):
+    """A CLIP of the toy's architecture with random weights, to do with as one likes."""
+    return copy.deepcopy(kept("toy", seed))
 
 
 @pytest.mark.parametrize("name", ["toy", "ViT-B-32-quickgelu"])
 def test_features_are_open_clips_own(name):
     """Ours, from pixels in [0,1], against open_clip's encoder on images normalised by CLIP's published constants."""
-    clip, _ = load_clip(name, "none")
-    size = image_size(name, "none")
+    clip, size = kept(name), image_size(name, "none")
     x = torch.rand(2, 3, size, size)
     mean, std = torch.tensor([.48145466, .4578275, .40821073]), torch.tensor([.26862954, .26130258, .27577711])
     with torch.no_grad():
@@ -24,7 +37,7 @@ def test_features_are_open_clips_own(name):
 
 
 def test_openai_architecture_is_quickgelu():
-    clip, _ = load_clip("ViT-B-32-quickgelu", "none")
+    clip = kept("ViT-B-32-quickgelu")
     assert type(clip.visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
 
 
@@ -70,41 +83,63 @@ def test_unknown_names_are_one_line_errors(name, pretrained, said):
     assert "\n" not in str(error.value)
 
 
-def test_quickgelu_mismatch_of_which_open_clip_only_warns_is_an_error(monkeypatch):
-    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **k: "/nowhere")
-    with pytest.raises(ValueError, match="QuickGELU mismatch"):
+def test_quickgelu_mismatch_of_which_open_clip_only_warns_is_an_error_before_a_download(monkeypatch):
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *a, **k: pytest.fail("downloads"))
+    with pytest.raises(ValueError, match="QuickGELU mismatch.*--model ViT-B-32-quickgelu"):
         load_clip("ViT-B-32", "openai")
+    assert image_size("ViT-B-32-quickgelu", "openai") == image_size("ViT-B-32", "laion2b_s34b_b79k") == 224
+
+
+@pytest.mark.parametrize("names", [(), ("border",), ("tokens",), ("border", "tokens")])
+def test_visual_prompts_against_open_clips_own_modules(names):
+    """Added to the normalised image, and appended to its tokens, in a forward written out with open_clip's modules."""
+    clip = toy()
+    visual, x = clip.visual, torch.rand(2, 3, 32, 32)
+    prompts = {"border": torch.randn(1, 3, 32, 32), "tokens": torch.randn(5, 96)}
+    prompts["border"][:, :, 3:-3, 3:-3] = 0
+    encoder = ImageEncoder(clip, prompts={name: prompts[name] for name in names})
+    mean, std = (torch.tensor(visual.preprocess_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        image = (x - mean) / std + (prompts["border"] if "border" in names else 0)
+        h = torch.cat([visual.class_embedding.expand(2, 1, 96), visual.conv1(image).flatten(2).transpose(1, 2)], 1)
+        h = h + visual.positional_embedding
+        h = torch.cat([h, prompts["tokens"].repeat(2, 1, 1)], 1) if "tokens" in names else h
+        expected = visual.ln_post(visual.transformer(visual.ln_pre(h)))[:, 0] @ visual.proj
+        for given in (x, encoder.patchify(x)):
+            assert torch.allclose(encoder(given), expected, atol=1e-5 * float(expected.abs().max()))
+    assert {name for name, p in encoder.named_parameters() if not name.startswith("visual.")} == set(names)
+    assert not any(p.requires_grad for p in encoder.parameters())
 
 
 def test_checkpoint_round_trip_is_exact_and_plain(tmp_path):
-    clip, _ = load_clip("toy", "none")
+    clip = toy()
     for p in clip.visual.parameters():
         p.add_(torch.randn_like(p))
     save_checkpoint(tmp_path / "ckpt.pt", clip, CONFIG, step=7)
     assert os.listdir(tmp_path) == ["ckpt.pt"]                                            # no temporary file is left
     checkpoint = read_checkpoint(tmp_path / "ckpt.pt")
     assert checkpoint["step"] == 7 and all(name.startswith("visual.") for name in checkpoint["visual"])
-    fresh, _ = load_clip("toy", "none")
+    fresh = toy()
     load_visual(fresh, checkpoint, "ckpt.pt")
     for name, tensor in clip.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], tensor), name
 
 
 def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    clip, _ = load_clip("toy", "none")
+    clip = toy()
     save_checkpoint(tmp_path / "ckpt.pt", clip, CONFIG, step=1)
 
     def full(value, path):
         path.write_bytes(b"half a file")
         raise OSError("No space left on device")
-    monkeypatch.setattr(model.torch, "save", full)
+    monkeypatch.setattr(checkpoints.torch, "save", full)
     with pytest.raises(OSError):
         save_checkpoint(tmp_path / "ckpt.pt", clip, CONFIG, step=2)
     assert read_checkpoint(tmp_path / "ckpt.pt")["step"] == 1
 
 
 def test_wrong_checkpoints_are_refused_by_name(tmp_path):
-    clip, _ = load_clip("toy", "none")
+    clip = toy()
     path = tmp_path / "ckpt.pt"
     save_checkpoint(path, clip, CONFIG)
     whole = path.read_bytes()
@@ -113,14 +148,17 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
-    for content in (whole[:1000], whole[:-500], b"", b"hello"):
+    for content in (whole[:1000], whole[:-500], b"", b"hello", b"<!DOCTYPE html><html>", b"<html>" * 99,
+                    b"version https://git-lfs.github.com/spec/v1\noid sha256:0", b"\x10\0\0\0\0\0\0\0{\"a\":"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"ckpt\.pt is not"):
             read_checkpoint(path)
-    for other in ({"state_dict": {}}, [1, 2], Evil()):
+    for other in ({"state_dict": {}}, [1, 2], {}, Evil(), {"state_dict": {"conv1.weight": Evil()}}, {"format": "tecoa-1"},
+                  {"fc.weight": torch.zeros(1), **dict.fromkeys(range(9))}, {"conv1.weight": torch.zeros(1), "step": 3}):
         torch.save(other, path)
-        with pytest.raises(ValueError, match=r"ckpt\.pt is not"):
+        with pytest.raises(ValueError, match=r"ckpt\.pt is not") as error:
             read_checkpoint(path)
+        assert "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
     with pytest.raises(ValueError, match="no checkpoint"):
         read_checkpoint(tmp_path / "none.pt")
@@ -132,4 +170,167 @@ def test_wrong_checkpoints_are_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=said):
             load_visual(clip, good | {"visual": bad}, "ckpt.pt")
     with pytest.raises(ValueError, match="another text encoder"):
-        load_visual(load_clip("toy", "none", seed=9)[0], good, "ckpt.pt")
+        load_visual(toy(9), good, "ckpt.pt")
+
+
+# ---------------------------------------------------------------------------------------------- files of others
+PADS = {"pad_up": (1, 3, 3, 32), "pad_down": (1, 3, 3, 32), "pad_left": (1, 3, 26, 3), "pad_right": (1, 3, 26, 3)}
+
+
+def write(path, clip, kind):
+    """A toy CLIP's weights as another project would write them, by torch.save or safetensors alone."""
+    everything = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    visual = {name[7:]: tensor for name, tensor in everything.items() if name.startswith("visual.")}
+    finetuned = {"epoch": np.int64(10), "state_dict": {}, "add_prompter": {"prompt": torch.zeros(1, 0, 96)},
+                 "vision_encoder_state_dict": visual, "best_acc1": np.float64(55.97),
+                 "optimizer": torch.optim.SGD(clip.visual.parameters(), lr=.1, momentum=.9).state_dict()}
+    wrapped = {f"module.{name}": tensor for name, tensor in everything.items()}
+    contents = {
+        "tecoa": finetuned, "tecoa without prompters": finetuned | {"state_dict": None, "add_prompter": None},
+        "tecoa in parallel": finetuned | {"vision_encoder_state_dict": {f"module.{k}": v for k, v in visual.items()}},
+        "options": {"args": argparse.Namespace(lr=1.), "model": {f"module.visual.{k}": v for k, v in visual.items()}},
+        "robustvlm": visual, "robustvlm.safetensors": visual, "full": everything, "full.safetensors": everything,
+        "open_clip": {"epoch": 3, "name": "run", "state_dict": wrapped, "optimizer": {}, "scaler": {}},
+        "custom text": {name if name.startswith(("visual.", "logit")) else f"text.{name}": tensor.reshape(tensor.shape or 1)
+                        for name, tensor in everything.items()}}
+    (safetensors.torch.save_file if kind.endswith(".safetensors") else torch.save)(contents[kind], path)
+
+
+@pytest.mark.parametrize("kind", ["tecoa", "tecoa without prompters", "tecoa in parallel", "options", "robustvlm",
+                                  "robustvlm.safetensors", "full", "full.safetensors", "open_clip", "custom text"])
+def test_files_of_other_projects_give_their_own_features(kind, tmp_path):
+    theirs, ours, x, words = kept("toy", 1), toy(2), torch.rand(1, 3, 32, 32), torch.arange(18)[None]
+    write(tmp_path / kind, theirs, kind)
+    checkpoint = read_checkpoint(tmp_path / kind, "toy")
+    whole = kind in ("full", "full.safetensors", "open_clip", "custom text")
+    assert (checkpoint["format"], checkpoint["model"]) == ("full" if whole else "visual", "toy")
+    assert checkpoint["pretrained"] is None and checkpoint["config"] == {} and "prompts" not in checkpoint
+    load_visual(ours, checkpoint, kind)
+    assert torch.equal(ImageEncoder(ours)(x), ImageEncoder(theirs)(x))
+    assert torch.equal(ours.encode_text(words), (theirs if whole else kept("toy", 2)).encode_text(words))
+    if kind in ("full", "full.safetensors", "open_clip"):                                 # and as --pretrained FILE
+        assert torch.equal(load_clip("toy", str(tmp_path / kind))[0].encode_image(x), theirs.encode_image(x))
+
+
+def test_half_precision_files_are_read_as_fp32(tmp_path):
+    clip = toy()
+    visual = {name: tensor.half() for name, tensor in clip.visual.state_dict().items()}
+    torch.save(visual, tmp_path / "fp16.pt")
+    read = read_checkpoint(tmp_path / "fp16.pt", "toy")["visual"]
+    assert all(t.dtype == torch.float32 and torch.equal(t, visual[name[7:]].float()) for name, t in read.items())
+
+
+@pytest.mark.parametrize("with_encoder", [True, False])
+def test_visual_prompts_of_the_authors(with_encoder, tmp_path):
+    clip = toy()
+    pads, path = {name: torch.randn(shape) for name, shape in PADS.items()}, tmp_path / "prompts.pth.tar"
+    content = {"epoch": 1, "state_dict": pads, "add_prompter": {"prompt": torch.randn(1, 5, 96)}, "best_acc1": 1.}
+    content |= {"vision_encoder_state_dict": clip.visual.state_dict()} if with_encoder else {}
+    torch.save(content, path)
+    checkpoint = read_checkpoint(path, "toy")
+    before = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
+    load_visual(clip, checkpoint, path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in clip.state_dict().items())
+    border, tokens = checkpoint["prompts"]["border"], checkpoint["prompts"]["tokens"]
+    assert torch.equal(tokens, content["add_prompter"]["prompt"][0]) and (border[:, :, 3:-3, 3:-3] == 0).all()
+    assert torch.equal(border[:, :, :3], pads["pad_up"]) and torch.equal(border[:, :, -3:], pads["pad_down"])
+    assert torch.equal(border[:, :, 3:-3, :3], pads["pad_left"]) and torch.equal(border[:, :, 3:-3, -3:], pads["pad_right"])
+    with pytest.raises(ValueError, match="prompts.*cannot be exported"):
+        export_clip(clip, "toy", tmp_path, checkpoint["prompts"])
+
+    for changed, said in (({"state_dict": {"patch": torch.zeros(1, 3, 5, 5)}}, "another kind"),
+                          ({"state_dict": pads | {"pad_up": torch.zeros(1, 3, 3, 30)}}, "shapes that do not fit"),
+                          ({"add_prompter": {"prompt": torch.zeros(2, 5, 96)}}, "shapes that do not fit"),
+                          ({"add_prompter": {"prompt": torch.zeros(1, 5, 90)}}, r"of another shape \['tokens'\]"),
+                          ({"add_prompter": {"prompt": torch.full((1, 5, 96), torch.nan)}}, r"NaN.*\['tokens'\]")):
+        torch.save(content | changed, path)
+        with pytest.raises(ValueError, match=said):
+            load_visual(clip, read_checkpoint(path, "toy"), path)
+    if not with_encoder:
+        with pytest.raises(ValueError, match="visual prompts alone.*give --model and --pretrained"):
+            read_checkpoint(path)
+
+
+def test_whole_foreign_files_are_strict_as_well(tmp_path):
+    clip = toy()
+    state, path = clip.state_dict(), tmp_path / "full.pt"
+    nan = state["ln_final.weight"].clone().fill_(torch.nan)
+    for changed, said in (({"ln_final.weight": None}, r"missing \['ln_final.weight'\]"),
+                          ({"more": nan}, r"unexpected \['more'\]"),
+                          ({"text_projection": torch.zeros(2, 2)}, r"of another shape \['text_projection'\]"),
+                          ({"ln_final.weight": nan}, r"NaN or infinite numbers in \['ln_final.weight'\]"),
+                          ({"visual.ln_post.bias": -torch.ones(96) / 0}, r"\['visual.ln_post.bias'\]")):
+        torch.save({name: tensor for name, tensor in (state | changed).items() if tensor is not None}, path)
+        with pytest.raises(ValueError, match=said):
+            load_visual(clip, read_checkpoint(path, "toy"), path)
+
+
+def shaped(name):
+    """The state dict of an open_clip model, zeros of the right shapes that take no room."""
+    with torch.device("meta"):
+        state = open_clip.model.CLIP(**open_clip.get_model_config(name)).state_dict()
+    return {key: torch.zeros(()).expand(tensor.shape) for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name,layers", [("ViT-B-32", 12), ("ViT-B-16", 12), ("ViT-L-14", 24), ("ViT-L-14-336", 24)])
+def test_openai_models_are_known_by_their_shapes(name, layers, tmp_path):
+    """An image encoder of such a shape needs OpenAI's text encoder, unless another base is given."""
+    visual = {key[7:]: tensor for key, tensor in shaped(name).items() if key.startswith("visual.")}
+    torch.save(visual, tmp_path / "theirs.pt")
+    found = [read_checkpoint(tmp_path / "theirs.pt", given) for given in (None, f"{name}-quickgelu", name)]
+    assert [(c["model"], c["pretrained"]) for c in found] == [
+        (f"{name}-quickgelu", "openai"), (f"{name}-quickgelu", "openai"), (name, None)]
+    for other in ({f"transformer.resblocks.{layers}.ln_2.weight": torch.zeros(1)}, {"proj": torch.zeros(768, 640)}):
+        torch.save(visual | other, tmp_path / "theirs.pt")
+        with pytest.raises(ValueError, match="of another shape than OpenAI's.*give --model and --pretrained"):
+            read_checkpoint(tmp_path / "theirs.pt")
+
+
+def test_a_whole_clip_is_inferred_only_if_it_is_openais(tmp_path):
+    """LAION's ViT-B-32 has the same shapes and another activation."""
+    state, third = shaped("ViT-B-32"), torch.tensor(1 / 3)                                # which fp16 rounds
+    embedding = {"token_embedding.weight": third.expand(state["token_embedding.weight"].shape)}
+    linear = {"transformer.resblocks.3.mlp.c_fc.weight": third.expand(2048, 512)}
+    for changed in ({}, linear, embedding | linear, embedding):
+        torch.save(state | changed, tmp_path / "whole.pt")
+        if changed is embedding:
+            found = read_checkpoint(tmp_path / "whole.pt")
+            assert (found["model"], found["pretrained"]) == ("ViT-B-32-quickgelu", "none")
+        else:
+            with pytest.raises(ValueError, match="not known to be OpenAI's.*give --model and --pretrained"):
+                read_checkpoint(tmp_path / "whole.pt")
+        assert read_checkpoint(tmp_path / "whole.pt", "ViT-B-32")["pretrained"] is None
+
+
+def test_openai_weights_without_quickgelu_are_an_error(tmp_path):
+    """In a whole file as --ckpt and as --pretrained FILE; not if the file is rounded as a whole, which says nothing."""
+    config, path = tmp_path / "toy-gelu.json", tmp_path / "full.pt"
+    config.write_text(model.toyworld.CONFIG.read_text().replace('"quick_gelu": true', '"quick_gelu": false'))
+    open_clip.add_model_config(config)
+    plain, state = load_clip("toy-gelu", "none")[0], toy().state_dict()
+    linear = {name: t.half().float() for name, t in state.items() if name.startswith("transformer") and t.ndim == 2}
+    for rounded, refused in (({}, False), (linear, True), ({name: t.half().float() for name, t in state.items()}, False)):
+        torch.save(state | rounded, path)
+        load_visual(toy(), read_checkpoint(path, "toy"), path)                            # with QuickGELU all are right
+        for call in (lambda: load_visual(plain, read_checkpoint(path, "toy-gelu"), path),
+                     lambda: load_clip("toy-gelu", str(path))):
+            with pytest.raises(ValueError, match="QuickGELU mismatch.*toy-gelu-quickgelu") if refused else nullcontext():
+                call()
+
+
+@pytest.mark.parametrize("name", ["toy", "ViT-B-32-quickgelu"])
+def test_export_gives_open_clip_the_same_features(name, tmp_path, monkeypatch):
+    clip, folder = kept(name), tmp_path / "new" / "folder"
+    export_clip(clip, name, folder)
+    assert sorted(os.listdir(folder)) == ["open_clip_config.json", "open_clip_model.safetensors"]
+    x, words = torch.rand(1, 3, *clip.visual.image_size), open_clip.get_tokenizer(f"local-dir:{folder}")("a red star")
+    brackets = str.maketrans("[]", "()")                                                  # JSON has no tuples
+    for initial in ("normal_", "kaiming_uniform_", "xavier_uniform_"):                    # slow, and all is read anyway
+        monkeypatch.setattr(torch.nn.init, initial, lambda tensor, *_, **__: tensor)
+    for found in (open_clip.create_model(name, pretrained=str(folder / "open_clip_model.safetensors")),
+                  open_clip.create_model(f"local-dir:{folder}")):
+        found.eval()
+        with torch.no_grad():
+            assert torch.equal(found.encode_image(x), clip.encode_image(x))
+            assert torch.equal(found.encode_text(words), clip.encode_text(words))
+        assert str(found.visual.preprocess_cfg).translate(brackets) == str(clip.visual.preprocess_cfg).translate(brackets)

@@ -122,9 +122,9 @@ def how_to_get(name, data_root):
 
 
 def present(data_root):
-    """(names of the sets under data_root, {name: how to get it} of the others), without opening any."""
+    """(names of the sets under data_root, {name: how to get it, in words} of the others), without opening any."""
     there = [name for name in BENCHMARKS if find(name, data_root)]
-    return there, {name: how_to_get(name, data_root) for name in BENCHMARKS if name not in there}
+    return there, {name: f"get it with {how_to_get(name, data_root)}" for name in BENCHMARKS if name not in there}
 
 
 def _words(name, classes, templates):

@@ -56,8 +56,8 @@ def add_options(parser, *, steps, batch_size, dtypes, attack):
     group.add_argument("--pretrained", help="an open_clip tag, a file, or none; for the toy: seedN, trained on first use")
     group = parser.add_argument_group("data")
     group.add_argument("--tasks", default="all", help="to evaluate on: a comma list of toy tasks, data sets (README), "
-                       "folder:PATH, wds:PATH, cache:FILE; all: the toy's zero-shot tasks, or what is under --data-root; none "
-                       "(default: %(default)s)")
+                       "folder:PATH, wds:PATH, cache:FILE; all: the toy's zero-shot tasks, or what is under --data-root; "
+                       "none (default: %(default)s)")
     group.add_argument("--data-root", metavar="DIR", help="the folder with the data sets, as torchvision lays them out; or "
                        "with ImageNet's train/<class>/ and val/<class>/")
     group.add_argument("--limit", type=number(int, 1), metavar="N", help="use at most N images of each set")

@@ -269,6 +269,8 @@ def _sources(dataset, data_root, size):
     split = _part_folder(root, "val") != root
     parts = [part for part in ("train", "val") if split and (root / part).is_dir()] or ["val"]
     tasks = [load_task(dataset, part, size=size, data_root=data_root) for part in parts]
+    if not all(isinstance(task.images, Folder) for task in tasks):
+        raise ValueError(f"{dataset} is there as shards: only folders can be cached")
     files = [file for task in tasks for file in task.images.samples]
     paths, made_of = [os.path.relpath(path, root) for path, _ in files], str(root.resolve())
     source = [zlib.crc32(os.fsencode(f"{made_of} {size} {name} {label} {stat.st_size} {stat.st_mtime_ns}"))

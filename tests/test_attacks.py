@@ -1,9 +1,12 @@
 """attacks.py: worked by hand, constraints, and independence of everything that should not matter."""
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from attacks import cw, cw_margin, image_keys, pgd, random_start
+from attacks import (apgd, bump, change_window, chessboard, cw_margin, dlr, image_keys, margin, move_mass, pgd, pgd_any,
+                     random_start, square, stripes)
 from kernels.random_start import uniform
 from kernels.contrastive_loss import log_odds
 
@@ -144,13 +147,226 @@ def test_cw_margin_by_hand():
     assert cw_margin(logits, y, kappa=0.).tolist() == [-6., 0., 0.]
 
 
-def test_cw_raises_the_margin_of_the_best_wrong_class():
-    net = network(torch.float32)
-    x = torch.rand(16, 3, 7, 7, generator=torch.Generator().manual_seed(8))
-    y = net(x).argmax(1)
-    x_adv = cw(net, x, y, eps=.05, steps=5, step_size=.02, keys=image_keys(0, 0, torch.arange(16)))
+def test_margin_and_dlr_by_hand():
+    logits = torch.tensor([[10., 2., 4., 1.], [0., 1., 5., 7.]])
+    y, target = torch.tensor([0, 1]), torch.tensor([3, 2])
+    assert margin(logits, y).tolist() == [-6., 6.]
+    assert torch.allclose(dlr(logits, y), torch.tensor([-(10 - 4) / (10 - 2), (7 - 1) / (7 - 1)]))
+    assert torch.allclose(dlr(logits, y, target), torch.tensor([-(10 - 1) / (10 - 1.5), (5 - 1) / (7 - .5)]))
+    assert torch.allclose(dlr(3 * logits + 5, y), dlr(logits, y))
+    for classes, given in ((2, None), (3, target % 3)):
+        with pytest.raises(ValueError, match=f"undefined for fewer than {classes + 1} classes, not for {classes}"):
+            dlr(logits[:, :classes], y, given)
+    assert dlr(logits[:, :3], y).shape == (2,)
 
-    def lead(x):
-        s = net(x)
-        return s[range(16), y] - s.scatter(1, y[:, None], -9e9).amax(1)
-    assert (lead(x_adv) < lead(x)).all()
+
+# ---------------------------------------------------------------------------------------------- attacks that images leave
+def objective_of(net, loss=log_odds):
+    def objective(x, y):
+        logits = net(x)
+        return loss(logits, y), logits.argmax(1) != y
+    return objective
+
+
+def some_images(n=24, dtype=torch.float64, size=7):
+    x = torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(9), dtype=dtype)
+    return x, image_keys(3, 0, torch.arange(n))
+
+
+ANY = {"pgd": lambda f, x, y, **o: pgd_any(f, x, y, steps=9, step_size=o["eps"] / 4, **o),
+       "apgd": lambda f, x, y, **o: apgd(f, x, y, steps=20, **o),
+       "square": lambda f, x, y, **o: square(f, x, y, queries=40, **o)}
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ANY)
+def test_an_image_falls_at_its_first_wrong_iterate_and_the_others_do_not_notice(name, norm):
+    net, eps = network(), (.05 if name != "square" else .12) * (1 if norm == "linf" else 10)
+    x, keys = some_images()
+    y = net(x).argmax(1)
+    visited = []
+
+    def objective(images, labels):
+        loss, wrong = objective_of(net, margin if name == "square" else log_odds)(images, labels)
+        visited.append((images.detach().clone(), wrong))
+        return loss, wrong
+
+    x_adv, at = ANY[name](objective, x, y, eps=eps, norm=norm, keys=keys)
+    fallen = at >= 0
+    assert 3 < fallen.sum() < 21 and x_adv.dtype == x.dtype and not x_adv.requires_grad
+    assert torch.equal(net(x_adv).argmax(1) != y, fallen)
+    delta = (x_adv - x).flatten(1)
+    assert (delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)).max() <= eps * (1 + 1e-9)
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    assert [len(images) for images, _ in visited] == [int(((at < 0) | (at >= k)).sum()) for k in range(len(visited))]
+    for k in range(len(x)):                                     # alone it meets the same fate, at the same pixels
+        alone, when = ANY[name](objective, x[k:k + 1], y[k:k + 1], eps=eps, norm=norm, keys=keys[k:k + 1])
+        assert when == at[k] and torch.allclose(alone[0], x_adv[k], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_everything_wrong_at_once_or_never(name):
+    x, keys = some_images(5)
+    calls = []
+
+    def constant(value):
+        def objective(x, y):
+            calls.append(len(x))
+            return x.flatten(1).sum(1), torch.full((len(x),), value)
+        return objective
+    x_adv, at = ANY[name](constant(True), x, torch.zeros(5), eps=.1, norm="linf", keys=keys)
+    assert at.tolist() == [0] * 5 and len(calls) == 1
+    x_adv, at = ANY[name](constant(False), x, torch.zeros(5), eps=.1, norm="linf", keys=keys)
+    assert at.tolist() == [-1] * 5
+    assert torch.allclose(x_adv, (x + .1).clamp(max=1)) == (name != "square")             # the best for a sum of pixels
+
+
+def apgd_of_the_paper(loss, x, start, eps, steps, norm):
+    """Croce & Hein 2020, algorithm 1, on one image, word by word: all points looked at, and their losses."""
+    def project(t):
+        if norm == "linf":
+            return torch.minimum(torch.maximum(t, x - eps), x + eps).clamp(0, 1)
+        return (x + (t - x) * min(1, eps / float((t - x).norm()))).clamp(0, 1)
+
+    def grad(t):
+        t = t.clone().requires_grad_()
+        (g,) = torch.autograd.grad(loss(t), t)
+        return g.sign() if norm == "linf" else g / g.norm()
+
+    p = [0, .22]
+    while p[-1] < 1:
+        p.append(p[-1] + max(p[-1] - p[-2] - .03, .06))
+    w = [math.ceil(round(q * steps, 9)) for q in p if q < 1]
+    xs = [start, project(start + 2 * eps * grad(start))]
+    f = [float(loss(t)) for t in xs]
+    best = xs[f.index(max(f))]
+    sizes, bests, k = {0: 2 * eps}, {0: f[0]}, 1
+    size, here, before = 2 * eps, xs[1], xs[0]
+    while k < steps:
+        if k in w[1:]:
+            j = w.index(k)
+            rises = sum(f[i + 1] > f[i] for i in range(w[j - 1], k))
+            sizes[k], bests[k] = size, max(f[:k + 1])
+            if rises < .75 * (k - w[j - 1]) or sizes[w[j - 1]] == size and bests[w[j - 1]] == bests[k] and j > 1:
+                size, here = size / 2, best
+        z = project(here + size * grad(here))
+        here, before = project(here + .75 * (z - here) + .25 * (here - before)), here
+        xs.append(here)
+        f.append(float(loss(here)))
+        best = xs[f.index(max(f))]
+        k += 1
+    return xs, f
+
+
+@pytest.mark.parametrize("norm,eps", [("linf", .05), ("l2", .5)])
+def test_apgd_is_the_algorithm_of_the_paper(norm, eps):
+    net = network()
+    x, keys = some_images(6)
+    y = net(x).argmax(1)
+    trace = []
+
+    def objective(images, labels):
+        trace.append(images.detach().clone())
+        return log_odds(net(images), labels), torch.zeros(len(images), dtype=torch.bool)      # none ever leaves
+
+    steps = 50
+    x_adv, _ = apgd(objective, x, y, eps=eps, steps=steps, norm=norm, keys=keys)
+    start = random_start(x, eps, norm, keys)
+    halved = set()
+    for k in range(6):
+        xs, f = apgd_of_the_paper(lambda t, k=k: log_odds(net(t[None]), y[k:k + 1])[0], x[k], start[k], eps, steps, norm)
+        assert all(torch.allclose(mine[k], its, rtol=0, atol=1e-9) for mine, its in zip(trace, xs, strict=True))
+        assert torch.allclose(x_adv[k], xs[f.index(max(f))], rtol=0, atol=1e-9)
+        halved |= {round(float((a - b).abs().max() / eps), 3) for a, b in zip(xs, xs[1:])}
+    assert len(halved) > 6                                      # step sizes of many lengths were at work
+
+
+def test_apgd_beats_pgd_of_the_same_budget():
+    net = network()
+    x, keys = some_images(40)
+    y = net(x).argmax(1)
+
+    def never(images, labels):
+        return log_odds(net(images), labels), torch.zeros(len(images), dtype=torch.bool)
+    options = {"eps": .05, "keys": keys, "steps": 20}
+    auto, plain = (log_odds(net(t), y).mean() for t in (apgd(never, x, y, **options)[0],
+                                                        pgd_any(never, x, y, step_size=.0125, **options)[0]))
+    assert auto > plain > log_odds(net(x), y).mean()
+
+
+@pytest.mark.parametrize("norm,eps", [("linf", .05), ("l2", .5)])
+def test_square_never_goes_back_and_needs_no_gradient(norm, eps):
+    net = network()
+    x, keys = some_images(10)
+    y = net(x).argmax(1)
+    losses = []
+
+    def objective(images, labels):
+        assert not torch.is_grad_enabled()
+        loss = margin((net(images) * 50).round() / 50, labels)  # nothing to differentiate
+        losses.append(loss)
+        return loss, torch.zeros(len(images), dtype=torch.bool)
+    x_adv, _ = square(objective, x, y, eps=eps, queries=300, norm=norm, keys=keys)
+    best = torch.stack(losses).cummax(0).values
+    assert torch.equal(objective_of(net, lambda s, y: margin((s * 50).round() / 50, y))(x_adv, y)[0], best[-1])
+    assert (best[-1] > best[0]).sum() > 4 and len(losses) == 300
+    again, _ = square(objective, x, y, eps=eps, queries=300, norm=norm, keys=keys)
+    other, _ = square(objective, x, y, eps=eps, queries=300, norm=norm, keys=keys + 1)
+    assert torch.equal(again, x_adv) and not torch.equal(other, x_adv)
+
+
+def test_the_windows_of_square_shrink_as_in_the_paper():
+    """p = 0.8, halved at 10, 50, 200, 500, 1000, 2000, 4000, 6000 and 8000 of 10,000 queries (linf)."""
+    x = torch.full((1, 1, 64, 64), .5)
+    seen = []
+
+    def objective(images, labels):                              # nothing but the start is ever kept
+        seen.append(images.clone())
+        return torch.tensor([-float(len(seen))]), torch.zeros(1, dtype=torch.bool)
+    square(objective, x, torch.zeros(1), eps=.1, queries=2000, keys=torch.tensor([5]))
+    for query, share in ((1, .8), (2, .8), (3, .4), (10, .4), (11, .2), (41, .1), (101, .05), (201, .025), (401, .0125),
+                         (801, .00625), (1201, .003125), (1601, .0015625)):
+        sides = []
+        for image in seen[query:query + 40] if query in (801, 1201, 1601) else seen[query:query + 1]:
+            rows, columns = (image != seen[0])[0, 0].any(1).nonzero(), (image != seen[0])[0, 0].any(0).nonzero()
+            sides += [int(t.max() - t.min()) + 1 for t in (rows, columns) if len(t)]
+        side = round(math.sqrt(share * 64 * 64))
+        assert not sides or side - 3 <= max(sides) <= side, (query, max(sides), side)   # stripes may hide a window's edge
+
+
+def test_proposals_of_square():
+    gen = torch.Generator().manual_seed(1)
+    x = .3 + .4 * torch.rand(6, 3, 23, 20, generator=gen, dtype=torch.float64)
+    keys, eps = image_keys(0, 0, torch.arange(6)), .1
+    first = stripes(x, eps, keys)
+    assert torch.allclose((first - x).abs(), torch.full_like(x, eps)) and (first - x).std(2).max() < 1e-12
+    u = torch.rand(6, 8, generator=gen)
+    new = change_window(first, x, eps, 5, u)
+    changed = (new != first).any(1)
+    assert all(c.any(1).sum() <= 5 and c.any(0).sum() <= 5 for c in changed) and changed.any()
+    assert torch.allclose((new - x).abs(), torch.full_like(x, eps))
+    board = chessboard(x, eps, keys)
+    assert torch.allclose((board - x).flatten(1).norm(dim=1), torch.full((6,), eps, dtype=x.dtype))
+    outside = torch.ones(23, dtype=torch.bool).index_fill(0, torch.arange(1, 21), 0)      # 5 × 5 bumps of 4 pixels
+    assert (board == x)[:, :, outside].all() and (board != x)[:, :, ~outside].float().mean() > .8
+    new = move_mass(board, x, eps, 5, u)
+    assert torch.allclose((new - x).flatten(1).norm(dim=1), torch.full((6,), eps, dtype=x.dtype))
+    ratio = (new - x) / (board - x)
+    untouched = torch.isclose(ratio, ratio.flatten(1).nanmedian(1).values.view(-1, 1, 1, 1)) | ((board == x) & (new == x))
+    assert all(.8 < share < 1 for share in untouched.all(1).float().mean((1, 2)))        # but for two windows of 5 × 5
+    emptied = ((new == x) & (board != x)).all(1).sum((1, 2))
+    assert (emptied <= 25).all() and emptied.sum() > 50
+    pattern = bump(7, x)
+    assert pattern.norm() == pytest.approx(1) and pattern[:3].min() > 0 > pattern[3:].max()
+    assert pattern[1].argmax() == 3 and torch.allclose(pattern, pattern.flip(1))
+
+
+def test_one_pixel_images_and_two_classes():
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3, 2)).double().requires_grad_(False)
+    x, keys = torch.rand(4, 3, 1, 1, dtype=torch.float64), image_keys(0, 0, torch.arange(4))
+    y = net(x).argmax(1)
+    for attack in ANY.values():
+        for norm in ("linf", "l2"):
+            x_adv, at = attack(objective_of(net, margin), x, y, eps=.3, norm=norm, keys=keys)
+            assert torch.isfinite(x_adv).all() and torch.equal(net(x_adv).argmax(1) != y, at >= 0)

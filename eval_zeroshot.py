@@ -27,7 +27,7 @@ from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_th
 from data import batches, image_numbers, load_task, on_device, task_names
 from journal import read_journal, remove_undone, save_adversarial, write_journal
 from kernels.contrastive_loss import contrast, cosine_logits
-from kernels.pgd_step import to_float
+from kernels.pgd_step import pgd_step, to_float
 from model import ImageEncoder, image_size, load_clip
 from prompts import encode_head
 from report import draw_examples, full_table, summary
@@ -76,7 +76,7 @@ def run_attacks(encoder, head, scale, x, y, index, *, names, eps, steps, step_si
     names: of attacks; eps, step_size: in 1/255; queries: of Square. Returns (x_adv fp32 [B,3,H,W]: the first that was
     misclassified, or else the last attack's best; by int64 [B]: the number of the attack that did it, −1: none; at int64
     [B]: at which of its iterates; passes int64 [B] through the model; zero bool [B]: whether the clean image's gradient is
-    exactly 0).
+    exactly 0; uphill bool [B]: whether the loss does not fall a tenth of ε further along it, as it should not).
     """
     def objective_of(loss):
         def objective(x, y):
@@ -104,7 +104,7 @@ def run_attacks(encoder, head, scale, x, y, index, *, names, eps, steps, step_si
             "apgd-t": (targeted, apgd, {"steps": steps}), "square": (objective_of(margin), square, {"queries": queries})}
     x_adv = x = to_float(x)
     by, at, passes = torch.full_like(y, -1), torch.full_like(y, -1), torch.zeros_like(y)
-    zero = torch.zeros_like(y, dtype=torch.bool)
+    zero, uphill = torch.zeros_like(y, dtype=torch.bool), torch.ones_like(y, dtype=torch.bool)
     for k, name in enumerate(names):
         objective, function, options = ways[name]
         labels = [y]
@@ -113,7 +113,10 @@ def run_attacks(encoder, head, scale, x, y, index, *, names, eps, steps, step_si
                 wrong = cosine_logits(encoder(x), head, scale).scatter(1, y[:, None], float("-inf"))
             labels = [torch.stack([y, t], 1) for t in wrong.topk(min(TARGETS, len(head) - 1), 1).indices.T]
         if k == 0 and name != "square":
-            zero = (ascent(objective, x, labels[0])[2] == 0).flatten(1).all(1)
+            loss, _, grad = ascent(objective, x, labels[0])
+            zero = (grad == 0).flatten(1).all(1)
+            with torch.no_grad():
+                uphill = objective(pgd_step(x, grad, x, eps / 255, eps / 2550, norm), labels[0])[0] >= loss
         for restart, label in itertools.product(range(restarts), labels):
             stands = (by < 0).nonzero().squeeze(1)
             if len(stands) == 0:
@@ -123,7 +126,7 @@ def run_attacks(encoder, head, scale, x, y, index, *, names, eps, steps, step_si
             x_adv = x_adv.index_copy(0, stands, found)
             at[stands], by[stands] = step, torch.where(step < 0, -1, k)
             passes[stands] += torch.where(step < 0, queries if name == "square" else steps + 1, step + 1)
-    return x_adv, by, at, passes, zero
+    return x_adv, by, at, passes, zero, uphill
 
 
 # ---------------------------------------------------------------------------------------------- evaluation
@@ -136,13 +139,13 @@ def judge(encoder, head, scale, x, y, index, options):
     if not right.any():                                 # what is wrong already cannot be robust, and is not attacked
         return records, {}
     x, y, index = to_float(x[right]), y[right], index[right]
-    x_adv, by, at, passes, zero = run_attacks(encoder, head, scale, x, y, index, **options)
+    x_adv, by, *facts = run_attacks(encoder, head, scale, x, y, index, **options)
     with torch.no_grad():                               # the verdict is that of the image which is kept
         adversarial = contrast(encoder(x_adv), head, y, scale)[1]
     by = torch.where(adversarial == y, -1, by.where(by >= 0, len(options["names"]) - 1))
     attacked = [record for record in records if record["clean"] == record["label"]]
-    for record, *values in zip(attacked, *(t.tolist() for t in (adversarial, by, at, passes, zero))):
-        record |= dict(zip(("adversarial", "by", "at", "passes", "zero"), values))
+    for record, *values in zip(attacked, *(t.tolist() for t in (adversarial, by, *facts))):
+        record |= dict(zip(("adversarial", "by", "at", "passes", "zero", "uphill"), values))
         record["by"] = options["names"][record["by"]] if record["by"] >= 0 else None
     return records, {"x": x, "x_adv": x_adv, "label": y, "adversarial": adversarial, "image": index}
 
@@ -152,9 +155,9 @@ def evaluate(encoder, head, scale, task, options, *, batch_size, workers=0, bar=
 
     encoder: x [B,3,H,W] → z [B,D]; head: [K,D]; options: of `run_attacks`. A record's keys: image (its number), label,
     clean (the class predicted); if that is right also adversarial (the class predicted), by (the attack that broke it, or
-    None), at, passes and zero as in `run_attacks`; for some that gradient attacks left standing, probe (whether a short
-    Square breaks them, which leads to a warning and counts for nothing else). An image that cannot be read has image and
-    error alone. done: {number: record} of an earlier run, not done again. keep(task, records, tensors): for each batch.
+    None), at, passes, zero and uphill as in `run_attacks`; for some that gradient attacks left standing, probe (whether a
+    short Square breaks them, which leads to a warning and counts for nothing else). An image that cannot be read has image
+    and error alone. done: {number: record} of an earlier run, not done again. keep(task, records, tensors): for each batch.
     """
     numbers = image_numbers(task)
 
@@ -234,21 +237,23 @@ def examples(encoder, heads, scale, tasks, options, *, chosen=None):
     places = [(task, range(i * len(task.images) // share, len(task.images))[:32]) for task in tasks[:8]
               for i in range(share)]
     if chosen is not None:
-        places = [(task, [example["position"]]) for (task, _), example in zip(places, chosen)]
+        places = [(task, [example["position"]]) for example in chosen for task in tasks if task.name == example["task"]]
     for task, positions in places:
         head = heads[task.name]
-        x, y, index = torch.utils.data.default_collate([task.images[p] for p in positions])
-        x, y, index = to_float(x.to(head.device)), y.to(head.device), index.to(head.device)
+        x, y, index, _ = next(on_device(batches(task, list(positions), 32, 0, tolerant=True), head.device))
+        if len(y) == 0:
+            continue                                    # none of these can be read
         with torch.no_grad():
-            clean = contrast(encoder(x), head, y, scale)[1]
+            clean = contrast(encoder(to_float(x)), head, y, scale)[1]
         k = int((clean == y).int().argmax())
-        x, y, clean = x[k:k + 1], y[k:k + 1], clean[k:k + 1]
+        x, y, clean = to_float(x[k:k + 1]), y[k:k + 1], clean[k:k + 1]
+        position = next(p for p in positions if image_numbers(task)[p] == index[k])
         x_adv, *_ = run_attacks(encoder, head, scale, x, y, index[k:k + 1],
                                 **options | {"names": defined(options["names"], len(head))})
         with torch.no_grad():
             adversarial = contrast(encoder(x_adv), head, y, scale)[1]
         names = [task.class_names[int(label)] for label in (y, clean, adversarial)]
-        found.append({"task": task.name, "position": positions[k], "x": x[0].cpu(), "x_adv": x_adv[0].cpu(),
+        found.append({"task": task.name, "position": position, "x": x[0].cpu(), "x_adv": x_adv[0].cpu(),
                       **dict(zip(("truth", "clean", "adversarial"), names))})
     return found
 
@@ -362,25 +367,33 @@ def main():
 
     def after(results, task, records):
         if RANK == 0:
-            left = [task.name for task in tasks if task.name not in results["tasks"]]
+            finished[task.name] = {record["image"]: record for record in records}
+            left = [task.name for task in tasks if task.name not in finished]
+            usual, robust = parser.by_model["eps"][args.model == "toy"], results["mean"]["robust"]
+            plain = not args.ckpt and args.pretrained not in (None, "none") and not Path(args.pretrained).is_file()
+            if (plain and not left and any(name.startswith("apgd") for name in names) and args.norm == "linf"
+                    and args.eps >= usual and robust > 10):
+                results["warnings"] = [f"{robust:.1f} % robust for a CLIP that was never made robust: nearly 0 is expected, "
+                                       "so the attack may be broken"]
             write_json(out / "results.json", {"config": vars(args) | environment(device), **results} |
                        ({"unfinished": left} if left else {}))
-            finished[task.name] = {record["image"]: record for record in records}
 
     finished = {}
     results = evaluate_tasks(encoder, heads, scale, tasks, options, label="evaluate", done=done, keep=keep, after=after,
                              batch_size=args.batch_size, workers=args.workers)
     if RANK == 0:
         write_journal(out, identity, finished)
-        print(f"\n{args.ckpt or f'{args.model} {args.pretrained}'} under {protocol(options)}\n\n{full_table(results)}")
-        for task in tasks:
-            for record in finished[task.name].values():
+        print(f"\n{args.ckpt or f'{args.model} {args.pretrained}'} under {protocol(options)}\n\n{full_table(results)}\n")
+        for name in finished:
+            for record in finished[name].values():
                 if "error" in record:
-                    print(f"left out of {task.name}: {record['error']}")
+                    print(f"left out of {name}: {record['error']}")
         if args.examples:
             draw_examples(out / "examples.png", {Path(args.ckpt or args.model).stem: examples(
                 encoder, heads, scale, tasks, options)}, args.eps)
-        print(f"\nwrote {out}/results.json, images.jsonl" + (", examples.png" if args.examples else "")
+        for text in results.get("warnings", ()):
+            print(f"warning: {text}")
+        print(f"wrote {out}/results.json, images.jsonl" + ", examples.png" * args.examples
               + (f"; {save_adv}/" if save_adv else ""))
     if WORLD > 1:
         dist.destroy_process_group()

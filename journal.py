@@ -43,7 +43,7 @@ def write_journal(out, identity, done):
 
 def adversarial_folder(root, task):
     """Where --save-adv keeps the images of a task, whose name may be a path but must not lead out of root."""
-    return root / re.sub(r"[^\w.-]+", "-", task).strip("-.")
+    return root / (re.sub(r"[^\w.-]+", "-", task).strip("-.") or "task")
 
 
 def save_adversarial(root, task, tensors, rank):

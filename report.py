@@ -21,11 +21,10 @@ def summary(records, attacks, classes, steps):
     seen = [r for r in records if "error" not in r]
     n, right = len(seen), [r for r in seen if r["clean"] == r["label"]]
     standing = [r for r in right if r["by"] is None]
-    by_gradient = [r for r in right if r["by"] not in (None, "square")]
     late = sum(r["by"] is not None and r["by"] != "square" and r["at"] > steps / 2 for r in right)
     by_square = sum(r["by"] == "square" for r in right)
     probes = [r["probe"] for r in standing if "probe" in r]
-    zeros = sum(r["zero"] for r in right)
+    zeros, astray = sum(r["zero"] for r in right), sum(not r["uphill"] for r in right)
     share = {name: sum(r["by"] == name for r in right) for name in attacks}
     row = {"n": n, "classes": classes, "clean": 100 * len(right) / max(1, n), "robust": 100 * len(standing) / max(1, n),
            "chance": 100 / classes, "right": len(right), "standing": len(standing),
@@ -35,10 +34,13 @@ def summary(records, attacks, classes, steps):
     warnings = []
     if row["zero_gradients"] > .1:
         warnings.append(f"{row['zero_gradients']:.1f} % of the input gradients are exactly zero: nothing was attacked there")
-    if len(by_gradient) + len(standing) and by_square > max(1, .01 * n):
+    if astray > max(1, .02 * len(right)):
+        warnings.append(f"for {astray} images ({100 * astray / len(right):.1f} %) the loss falls where its gradient says that "
+                        "it rises: the gradients are wrong")
+    if len(attacks) > 1 and by_square > max(1, .01 * n):
         warnings.append(f"Square, which sees no gradients, broke {by_square} images ({100 * by_square / n:.1f} %) that "
                         "gradient attacks had left standing: gradients may be masked")
-    if sum(probes) > max(1, .1 * len(probes)):
+    if sum(probes) > max(1, .02 * len(probes)):
         warnings.append(f"a probe with Square broke {sum(probes)} of {len(probes)} images that gradient attacks had left "
                         "standing: gradients may be masked, or the attack is too weak")
     if late > max(1, .01 * n):
@@ -71,7 +73,7 @@ def full_table(results):
     """A Markdown table of one evaluation: per task the counts, accuracies and their 95 % intervals, and the warnings."""
     warned = any(row["warnings"] for row in results["tasks"].values())
     header = ["task", "images", "left out", "classes", "chance", "clean %", "95 %", "count", "robust %", "95 %", "count",
-              "passes"]
+              "passes/image"]
     lines = [header + ["**warnings**"] * warned, ["---"] + ["--:"] * (len(header) - 1) + ["---"] * warned]
     for name, row in results["tasks"].items():
         cells = [cell for kind, count in (("clean", "right"), ("robust", "standing")) for cell in

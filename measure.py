@@ -6,9 +6,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from model import load_clip
+
+
+FLOPS = {                                            # some versions of PyTorch do not count a CPU's attention
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+        lambda q, k, v, *_, out_val=None, **__: sdpa_flop_count(q.shape, k.shape, v.shape),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, out_val=None, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape),
+    **flop_registry}
 
 
 class Operations(TorchDispatchMode):
@@ -18,8 +26,8 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         out = operator(*args, **(kwargs or {}))
-        if operator._overloadpacket in flop_registry:
-            self.flops += flop_registry[operator._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        if operator._overloadpacket in FLOPS:
+            self.flops += FLOPS[operator._overloadpacket](*args, **(kwargs or {}), out_val=out)
         if not (operator.is_view or operator is torch.ops.aten._unsafe_view.default):
             self.bytes += sum(t.nbytes for t in tree_leaves((args, out)) if isinstance(t, torch.Tensor))
         return out

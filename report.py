@@ -35,8 +35,8 @@ def summary(records, attacks, classes, steps):
     if row["zero_gradients"] > .1:
         warnings.append(f"{row['zero_gradients']:.1f} % of the input gradients are exactly zero: nothing was attacked there")
     if astray > max(1, .02 * len(right)):
-        warnings.append(f"for {astray} images ({100 * astray / len(right):.1f} %) the loss falls where its gradient says that "
-                        "it rises: the gradients are wrong")
+        warnings.append(f"for {astray} images ({100 * astray / len(right):.1f} %) the loss falls where its gradient says "
+                        "that it rises: the gradients are wrong")
     if len(attacks) > 1 and by_square > max(1, .01 * n):
         warnings.append(f"Square, which sees no gradients, broke {by_square} images ({100 * by_square / n:.1f} %) that "
                         "gradient attacks had left standing: gradients may be masked")

@@ -3,6 +3,7 @@
     python paper.py                  # Figure 1 with seeds 0, 1, 2: about half an hour on two CPU cores
     python paper.py --seeds 0        # a third of it
     python paper.py precision        # what attacks find in fp32, bf16 and fp16: some ten minutes, most of them fp16's
+    python paper.py attacks          # the attacks against each other and against another implementation: ten minutes
 
 Figure 1 runs train_tecoa.py for each seed and loss and writes results/fig1.md and results/fig1.png. A seed is everything
 random: the toy CLIP's own pretraining, the readout, the order of the images and the attacks' starts. The images evaluated
@@ -23,8 +24,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attacks import image_keys, pgd
+from checkpoints import load_visual, read_checkpoint
 from cli import DTYPES, Parser
 from data import load_task, task_names
+from eval_zeroshot import run_attacks
 from kernels.contrastive_loss import contrast, contrastive_log_odds, cosine_logits
 from kernels.pgd_step import to_float
 from model import ImageEncoder, load_clip
@@ -108,6 +111,83 @@ def precision(limit=100):
     print("\n".join(lines) + "\n\nwrote results/precision.md")
 
 
+class Logits(torch.nn.Module):
+    """x [B,3,H,W] → logits [B,K]: what other people's attacks take."""
+
+    def __init__(self, encoder, head):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, x):
+        return cosine_logits(self.encoder(x), self.head, 100.)
+
+
+def attacks(limit=100, steps=50, queries=500):
+    """Write results/attacks.md: what each attack leaves of the plain toy CLIP and of TeCoA's (seed 0); and what those of
+    torchattacks leave, a port of the original AutoAttack code, if it is there (pip install --no-deps torchattacks)."""
+    try:
+        import torchattacks
+    except ImportError:
+        torchattacks = None
+    folder = ROOT / "out" / "paper" / source_version() / "loss-tecoa-seed0"
+    train(folder, ["--loss", "tecoa"], 0)
+    all_of_ours = ["apgd-ce", "apgd-t", "square"]
+    rows = [(f"PGD-{steps}, last iterate", ["pgd"], ("PGD", {"alpha": 2 / 255, "steps": steps})),      # ours, and theirs
+            (f"PGD-{steps}", ["pgd"], None), (f"CW-{steps}", ["cw"], None),
+            (f"APGD-CE-{steps}", ["apgd-ce"], ("APGD", {"loss": "ce", "steps": steps})),
+            (f"APGD-DLR-{steps}", ["apgd-dlr"], ("APGD", {"loss": "dlr", "steps": steps})),
+            (f"APGD-T-{steps}", ["apgd-t"], ("APGDT", {"steps": steps})),
+            (f"Square-{queries}", ["square"], ("Square", {"n_queries": queries})),
+            ("the last but one, APGD-CE and Square in turn", all_of_ours, None),
+            (f"what these leave, under FAB-T-{steps}", None, ("FAB", {"steps": steps, "multi_targeted": True}))]
+    counts, total = {}, 0
+    with tqdm(total=2 * 3 * len(rows), desc="attacks", unit="attack") as bar:
+        for model in ("CLIP", "TeCoA"):
+            clip, tokenizer = load_clip("toy", "seed0")
+            if model == "TeCoA":
+                load_visual(clip, read_checkpoint(folder / "ckpt.pt"), folder)
+            encoder = ImageEncoder(clip)
+            for task in [load_task(name, "val", limit=limit) for name in ("unseen", "digits", "textures")]:
+                head = encode_head(clip, tokenizer, task.class_names, task.template)
+                logits = Logits(encoder, head).eval()
+                x, y, index = torch.utils.data.default_collate(list(task.images))
+                total += len(y) / 2
+                right = logits(to_float(x)).argmax(1) == y
+                x, y, index = to_float(x[right]), y[right], index[right]
+                for label, ours, theirs in rows:
+                    count = counts.setdefault((label, model), {"ours": 0, "theirs": 0, "passes": 0})
+                    if ours:
+                        _, by, _, passes, *_ = run_attacks(
+                            encoder, head, 100., x, y, index, names=ours, eps=8, steps=steps, step_size=2, norm="linf",
+                            queries=queries, last_iterate="last" in label)
+                        count["ours"] += int((by < 0).sum())
+                        count["passes"] += int(passes.sum())
+                    else:                                                  # after all of ours
+                        x, y = x[by < 0], y[by < 0]
+                    if torchattacks and theirs and len(y):
+                        kind, options = theirs
+                        options = options | ({"n_classes": min(10, len(head))} if kind in ("APGDT", "FAB") else {})
+                        found = getattr(torchattacks, kind)(logits, eps=8 / 255, **options)(x, y)
+                        inside = ((found - x).abs() <= 8 / 255 + 1e-6).flatten(1).all(1)
+                        count["theirs"] += int(((logits(found).argmax(1) == y) | ~inside).sum())
+                    bar.update()
+    lines = ["# Attacks on the plain toy CLIP and on TeCoA's: robust accuracy (%)", "",
+             f"`python paper.py attacks`, code {source_version()}, seed 0; {total:.0f} images of unseen, digits and "
+             f"textures, linf ε = 8/255, PyTorch {torch.__version__}. Theirs: torchattacks "
+             f"{torchattacks.__version__ if torchattacks else '(not installed)'}, same images, steps, queries and restarts "
+             "(one), other random starts. Passes: ours through the model, for each image.", "",
+             "| attack | CLIP: ours | theirs | passes | TeCoA: ours | theirs | passes |", "|---|" + "--:|" * 6]
+    for label, ours, theirs in rows:
+        cells = []
+        for model in ("CLIP", "TeCoA"):
+            count = {who: n / total for who, n in counts[label, model].items()}
+            cells += [f"{100 * count['ours']:.1f}" if ours else "", f"{100 * count['theirs']:.1f}" if theirs and torchattacks
+                      else "", f"{count['passes']:.1f}" if ours else ""]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    (ROOT / "results" / "attacks.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines) + "\n\nwrote results/attacks.md")
+
+
 def figure1(args):
     seeds = list(map(int, args.seeds.split(",")))
     runs = {method: [] for method in METHODS}                              # one result a seed
@@ -127,7 +207,8 @@ def figure1(args):
     lines = [f"# Figure 1 at toy scale: zero-shot accuracy (%), mean ± standard deviation over seeds {args.seeds}", "",
              f"`python paper.py --seeds {args.seeds}`, code {source_version()}; {config['hardware']}, "
              f"Python {platform.python_version()}, PyTorch {torch.__version__}. PGD-{config['eval_steps']} at linf ε = "
-             f"{config['eps']:g}/255, steps of ε/4, one random start. `seen` is the task adapted on, not in the mean.", "",
+             f"{config['eps']:g}/255, steps of ε/4, one random start, any iterate. `seen` is the task adapted on, not in "
+             "the mean.", "",
              "| task | chance | " + " | ".join(f"{m}: clean | {m}: robust" for m in METHODS) + " |",
              "|---|--:|" + "--:|" * 2 * len(METHODS)]
     for task in [*tasks, "mean"]:
@@ -161,15 +242,16 @@ def figure1(args):
 
 def main():
     parser = Parser(prog="paper.py", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("fig1", "precision"), default="fig1", help="(default: %(default)s)")
+    parser.add_argument("what", nargs="?", choices=("fig1", "precision", "attacks"), default="fig1",
+                        help="(default: %(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="of fig1, a comma list (default: %(default)s)")
     args = parser.parse_args()
     if not all(word.isdigit() for word in args.seeds.split(",")):
         parser.error(f"--seeds {args.seeds}: expected a comma list of whole numbers")
-    if args.what == "precision":
-        precision()
-    else:
+    if args.what == "fig1":
         figure1(args)
+    else:
+        {"precision": precision, "attacks": attacks}[args.what]()
 
 
 if __name__ == "__main__":

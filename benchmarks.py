@@ -187,7 +187,7 @@ def _open_files(name, part, data_root, size):
 
 
 def load_benchmark(name, part, *, size, data_root=None, templates="paper"):
-    """(images, class names, template) of one of BENCHMARKS, or of shards: wds:PATH. part: "train" or "val".
+    """(images, class names, template, source) of one of BENCHMARKS, or of shards: wds:PATH. part: "train" or "val".
 
     size: the model's resolution; CIFAR and STL-10 stay at their own. ImageNet's folders are data.py's, its shards are opened
     here. ValueError, in one line: not there (it says how to get it), not whole, or without that part.
@@ -217,7 +217,10 @@ def load_benchmark(name, part, *, size, data_root=None, templates="paper"):
             raise ValueError(f"{where[0]} is not whole: {one_line(error)}; get it with: {how}") from None
     if not len(images):
         raise ValueError(f"{where[0]} holds no images")
+    source = str(where[0])
     if name not in BENCHMARKS:
-        return images, classes, (own or openai_templates(name)) if templates == "openai" else TEMPLATE
+        return images, classes, (own or openai_templates(name)) if templates == "openai" else TEMPLATE, source
+    if where[1] and BENCHMARKS[name].train is None:  # paper: all of it
+        source += " (clip-benchmark's test part; the paper takes all images)"
     template = openai_templates(name) if templates == "openai" else BENCHMARKS[name].template
-    return images, _words(name, classes, templates), template
+    return images, _words(name, classes, templates), template, source

@@ -1,9 +1,11 @@
 """What both stages share around the method: the common options, one-line errors, devices and processes, result files."""
 import argparse
+import hashlib
 import json
 import os
 import platform
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -106,7 +108,7 @@ def start_processes(parser, args):
     except ValueError as error:
         parser.error(str(error))
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))   # attacks differ
     return device
 
 
@@ -133,6 +135,14 @@ def writable_folder(path):
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path):
         pass
+
+
+def source_version():
+    """A hash of every source that a result of the stages depends on."""
+    root = Path(__file__).parent
+    files = sorted([*root.glob("*.py"), *root.glob("kernels/*.py"), *root.glob("*_classes.txt"), root / "toy.json"])
+    files = [f for f in files if f.name not in ("paper.py", "bench.py", "measure.py")]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
 
 
 def environment(device):

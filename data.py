@@ -38,6 +38,7 @@ class Task(NamedTuple):
     images: Dataset                                  # item i: (uint8 [3,H,W], label, i)
     class_names: list
     template: str                                    # or a list of them, an ensemble
+    source: str = ""                                 # where a named set was found
 
 
 class Folder(datasets.ImageFolder):

@@ -3,19 +3,33 @@
 Each process appends to a file of its own, after each batch: first a line that says what is evaluated, then one per image.
 A finished evaluation leaves one images.jsonl, of which results.json is the summary.
 """
+import fcntl
 import json
+import os
 import re
+import zlib
 
 import numpy as np
 
 
-def read_journal(out, identity):
-    """{task: {number: record}} of an unfinished evaluation in out/images*.jsonl, if it is the same one; else {}."""
+def lock(out):
+    """Keep other evaluations out of a folder, until the file descriptor returned is closed. ValueError: one is in there."""
+    folder = os.open(out, os.O_RDONLY)
     try:
-        if "unfinished" not in json.loads((out / "results.json").read_text()):
-            return {}                                   # it is done: the same command computes it again
-    except (OSError, ValueError):
-        pass                                            # killed before its first results
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise ValueError(f"another evaluation is writing to {out}") from None
+    except OSError:                                     # some network file systems lock no folders
+        pass
+    return folder
+
+
+def read_journal(out, identity):
+    """{task: {number: record}} that an evaluation of this identity left in out/images*.jsonl, killed or finished.
+
+    ValueError: an unfinished evaluation of something else is there, which writing here would destroy.
+    """
     done = {}
     for path in out.glob("images*.jsonl"):
         lines = []
@@ -28,7 +42,12 @@ def read_journal(out, identity):
             for record in lines[1:]:
                 images = done.setdefault(record.pop("task"), {})
                 images[record["image"]] = images.get(record["image"], {}) | record
-    return done
+        elif len(lines) > 1:
+            results = out / "results.json"
+            if not results.exists() or "unfinished" in json.loads(results.read_text()):
+                raise ValueError(f"{out} holds an unfinished evaluation of something else: give another --out, or delete it")
+    return {task: {image: record for image, record in records.items() if "error" not in record}  # may be readable now
+            for task, records in done.items()}
 
 
 def write_journal(out, identity, done):
@@ -43,25 +62,38 @@ def write_journal(out, identity, done):
 
 def adversarial_folder(root, task):
     """Where --save-adv keeps the images of a task, whose name may be a path but must not lead out of root."""
-    return root / (re.sub(r"[^\w.-]+", "-", task).strip("-.") or "task")
+    plain = re.sub(r"[^\w-]+", "-", task)
+    return root / (plain if plain == task else f"{plain.strip('-')}-{zlib.crc32(task.encode()):08x}")
 
 
-def save_adversarial(root, task, tensors, rank):
+def save_adversarial(root, task, tensors, identity, rank):
     """Write a batch of attacked images: <number of its first image>.npz, which holds x (uint8) and x_adv (fp32)
-    [B,3,H,W], image, label and adversarial (the class predicted) [B]."""
+    [B,3,H,W], image, label and adversarial (the class predicted) [B], and what was evaluated, in JSON."""
     folder = adversarial_folder(root, task)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     arrays["x"] = np.rint(255 * arrays["x"]).astype(np.uint8)
-    temporary = folder / f"writing{rank}.npz"
-    np.savez_compressed(temporary, **arrays)
+    temporary = folder / f"{rank}.tmp"
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays, evaluation=json.dumps(identity))
     temporary.replace(folder / f"{arrays['image'][0]:07d}.npz")
 
 
-def remove_undone(root, task, done):
-    """Remove a task's saved images of earlier runs, but for the files whose images are all in `done`."""
-    for path in adversarial_folder(root, task).glob("[0-9]*.npz"):
-        with np.load(path) as arrays:
-            known = set(arrays["image"].tolist()) <= done.keys()
-        if not known:
+def without_unsaved(root, task, records, identity):
+    """Those of a task's records whose attacked images, if there are any, are saved; other files' images are removed.
+
+    ValueError: the folder holds the images of another evaluation.
+    """
+    folder, saved = adversarial_folder(root, task), set()
+    for path in [*folder.glob("*.tmp"), *folder.glob("[0-9]*.npz")]:
+        images = []
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                if json.loads(str(arrays["evaluation"])) != identity:
+                    raise ValueError(f"{folder} holds the images of another evaluation: give another --save-adv")
+                images = arrays["image"].tolist()
+        if images and set(images) <= records.keys():
+            saved |= set(images)
+        else:
             path.unlink()
+    return {image: record for image, record in records.items() if image in saved or "adversarial" not in record}

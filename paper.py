@@ -9,7 +9,6 @@ Figure 1 runs train_tecoa.py for each seed and loss and writes results/fig1.md a
 random: the toy CLIP's own pretraining, the readout, the order of the images and the attacks' starts. The images evaluated
 on are the same for all. What this very code has computed before is read from out/paper/ and not computed again.
 """
-import hashlib
 import json
 import platform
 import shutil
@@ -23,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from adversary import run_attacks
 from attacks import image_keys, pgd
 from checkpoints import load_visual, read_checkpoint
-from cli import DTYPES, Parser
+from cli import DTYPES, Parser, source_version
 from data import load_task, task_names
-from eval_zeroshot import run_attacks
 from kernels.contrastive_loss import contrast, contrastive_log_odds, cosine_logits
 from kernels.pgd_step import to_float
 from model import ImageEncoder, load_clip
@@ -43,13 +42,6 @@ METHODS = {"CLIP": (None, "tab:gray"),
            "standard adversarial training": (["--loss", "ce"], "tab:orange"),
            "the same, learning rate 0.1": (["--loss", "ce", "--lr", "0.1"], "moccasin"),
            "TeCoA": (["--loss", "tecoa"], "tab:blue")}
-
-
-def source_version():
-    """A hash of every source that a result of the stages depends on."""
-    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("kernels/*.py"), ROOT / "toy.json"])
-    files = [f for f in files if f.name not in ("paper.py", "bench.py", "measure.py")]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
 
 
 def train(folder, options, seed):
@@ -157,7 +149,7 @@ def attacks(limit=100, steps=50, queries=500):
                 for label, ours, theirs in rows:
                     count = counts.setdefault((label, model), {"ours": 0, "theirs": 0, "passes": 0})
                     if ours:
-                        _, by, _, passes, *_ = run_attacks(
+                        _, _, by, _, passes, *_ = run_attacks(
                             encoder, head, 100., x, y, index, names=ours, eps=8, steps=steps, step_size=2, norm="linf",
                             queries=queries, last_iterate="last" in label)
                         count["ours"] += int((by < 0).sum())

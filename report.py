@@ -2,6 +2,10 @@
 import math
 import textwrap
 
+from adversary import defined, predict, run_attacks
+from data import batches, image_numbers, on_device
+from kernels.pgd_step import to_float
+
 
 def interval(count, n):
     """Wilson's 95 % interval of a share count / n, in percent: (low, high)."""
@@ -12,16 +16,16 @@ def interval(count, n):
     return tuple(round(100 * (centre + sign * half) / (1 + z * z / n), 2) for sign in (-1, 1))
 
 
-def summary(records, attacks, classes, steps):
+def summary(records, attacks, classes, half):
     """One task's row of results.json, from one record per image (eval_zeroshot.py's `evaluate` says what is in it).
 
-    attacks: the names of those that ran, in order; steps: of the gradient attacks. Accuracies in percent, of the images
-    that could be read. `warnings` are the signs of a broken evaluation that this row shows, in words.
+    attacks: the names of those that ran, in order; half: of the gradient attacks' steps. Accuracies in percent, of the
+    images that could be read. `warnings` are the signs of a broken evaluation that this row shows, in words.
     """
     seen = [r for r in records if "error" not in r]
     n, right = len(seen), [r for r in seen if r["clean"] == r["label"]]
     standing = [r for r in right if r["by"] is None]
-    late = sum(r["by"] is not None and r["by"] != "square" and r["at"] > steps / 2 for r in right)
+    late = sum(r["by"] is not None and r["by"] != "square" and r["at"] > half for r in right)
     by_square = sum(r["by"] == "square" for r in right)
     probes = [r["probe"] for r in standing if "probe" in r]
     zeros, astray = sum(r["zero"] for r in right), sum(not r["uphill"] for r in right)
@@ -31,7 +35,11 @@ def summary(records, attacks, classes, steps):
            "clean_interval": interval(len(right), n), "robust_interval": interval(len(standing), n), "attacks": attacks,
            "broken_by": share, "passes": round(sum(r["passes"] for r in right) / max(1, n), 2),
            "zero_gradients": 100 * zeros / max(1, len(right)), "left_out": len(records) - n}
-    warnings = []
+    warnings, nan = [], sum(-1 in (r["clean"], r.get("adversarial")) for r in seen)
+    if nan:
+        warnings.append(f"the model gave NaN for {nan} images ({100 * nan / n:.1f} %), which count as wrong")
+    if row["left_out"] > .01 * len(records):
+        warnings.append(f"{row['left_out']} of {len(records)} images could not be read")
     if row["zero_gradients"] > .1:
         warnings.append(f"{row['zero_gradients']:.1f} % of the input gradients are exactly zero: nothing was attacked there")
     if astray > max(1, .02 * len(right)):
@@ -81,9 +89,37 @@ def full_table(results):
         lines.append([name, row["n"], row["left_out"], row["classes"], f"{row['chance']:.1f}", *cells, row["passes"]]
                      + ["; ".join(row["warnings"])] * warned)
     if results["tasks"]:
-        mean = [f"{results['mean'][kind]:.1f}" for kind in ("clean", "robust")]
-        lines.append(["**mean**", "", "", "", "", mean[0], "", "", mean[1], "", "", ""] + [""] * warned)
+        count, clean, robust = (results["mean"][key] for key in ("tasks", "clean", "robust"))
+        lines.append([f"**mean of {count}**", *[""] * 4, f"{clean:.1f}", "", "", f"{robust:.1f}", *[""] * (3 + warned)])
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def examples(encoder, heads, scale, tasks, options, *, chosen=None):
+    """Eight attacked images, spread over the tasks: [{"task", "position", "x", "x_adv", "truth", "clean", "adversarial"}].
+
+    chosen: an earlier result, for the same images again; by default ones that are classified rightly when clean.
+    """
+    found = []
+    share = max(1, 8 // max(1, len(tasks)))
+    places = [(task, range(i * len(task.images) // share, len(task.images))[:32]) for task in tasks[:8]
+              for i in range(share)]
+    if chosen is not None:
+        places = [(task, [example["position"]]) for example in chosen for task in tasks if task.name == example["task"]]
+    for task, positions in places:
+        head = heads[task.name]
+        x, y, index, _ = next(on_device(batches(task, list(positions), 32, 0, tolerant=True), head.device))
+        if len(y) == 0:
+            continue                                    # none of these can be read
+        clean = predict(encoder, head, scale, to_float(x))
+        k = int((clean == y).int().argmax())
+        x, y, clean = to_float(x[k:k + 1]), y[k:k + 1], clean[k:k + 1]
+        position = next(p for p in positions if image_numbers(task)[p] == index[k])
+        x_adv, adversarial, *_ = run_attacks(encoder, head, scale, x, y, index[k:k + 1],
+                                             **options | {"names": defined(options["names"], len(head))})
+        names = [task.class_names[int(label)] for label in (y, clean, adversarial)]
+        found.append({"task": task.name, "position": position, "x": x[0].cpu(), "x_adv": x_adv[0].cpu(),
+                      **dict(zip(("truth", "clean", "adversarial"), names))})
+    return found
 
 
 def draw_examples(path, rows, eps):

@@ -26,11 +26,11 @@ from checkpoints import save_checkpoint
 from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes,
                  writable_folder, write_json)
 from data import batches, load_task, on_device, task_names
-from eval_zeroshot import evaluate_tasks, examples
+from eval_zeroshot import evaluate_tasks
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, log_odds
 from model import ImageEncoder, image_size, load_clip
 from prompts import encode_head
-from report import draw_examples, markdown_table
+from report import draw_examples, examples, markdown_table
 
 # ---------------------------------------------------------------------------------------------- options
 parser = Parser(prog="train_tecoa.py", description=__doc__)

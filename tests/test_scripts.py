@@ -15,8 +15,8 @@ from conftest import ROOT
 from PIL import Image
 
 import toyworld
+from adversary import run_attacks
 from attacks import image_keys, random_start
-from eval_zeroshot import run_attacks
 from kernels.contrastive_loss import cosine_logits
 from measure import Operations
 from model import ImageEncoder, load_clip
@@ -68,10 +68,10 @@ def test_training_really_makes_it_robust(trained, read_json):
 def test_evaluating_the_checkpoint_gives_the_trainings_own_numbers(trained, run, read_json):
     out, _ = trained
     done = run("eval_zeroshot.py", "--ckpt", out / "ckpt.pt", "--tasks", "colours,unseen", "--steps", 5)
-    results = read_json(out / "eval" / "results.json")
+    results = read_json(out / "eval-steps5" / "results.json")
     check_schema(results, ["unseen", "colours"])
     assert results["tasks"] == read_json(out / "results.json")["tasks"]
-    assert results["config"]["eps"] == 8 and "| **mean** |" in done.stdout
+    assert results["config"]["eps"] == 8 and "| **mean of 2** |" in done.stdout
 
 
 def test_evaluation_in_two_processes_and_other_batches_counts_the_same(trained, run, read_json, tmp_path):
@@ -242,7 +242,7 @@ def test_the_real_path_with_random_weights(run, photos, tmp_path, read_json):
     assert (config["eps"], config["steps"], config["step_size"], config["lr"], config["warmup"], config["epochs"]) == (
         1, 2, 1, 1e-5, 1000, 10)
     run("eval_zeroshot.py", "--ckpt", out / "ckpt.pt", "--tasks", f"folder:{photos}", "--steps", 1, "--device", "cpu")
-    assert read_json(out / "eval" / "results.json")["tasks"][f"folder:{photos}"]["n"] == 8
+    assert read_json(out / "eval-steps1" / "results.json")["tasks"][f"folder:{photos}"]["n"] == 8
 
 
 def test_bad_input_ends_in_one_line_and_status_2(run, monkeypatch, capsys, tmp_path):
@@ -352,7 +352,9 @@ def test_a_bf16_run_reports_fp32_accuracy(run, small_clip, tmp_path, read_json):
         3, "--warmup", 0, "--eval-steps", 4, "--out", tmp_path)
     run("eval_zeroshot.py", "--ckpt", tmp_path / "ckpt.pt", "--dtype", "fp32", "--tasks", "colours", "--limit", 200,
         "--steps", 4)
-    assert read_json(tmp_path / "eval" / "results.json")["tasks"] == read_json(tmp_path / "results.json")["tasks"]
+    (evaluated,) = (tmp_path / name / "results.json" for name in os.listdir(tmp_path) if name.startswith("eval"))
+    assert evaluated.parent.name == "eval-steps4-dtypefp32-limit200"
+    assert read_json(evaluated)["tasks"] == read_json(tmp_path / "results.json")["tasks"]
 
 
 def test_the_command_lines_attack_is_not_blinded_by_confidence():
@@ -362,8 +364,9 @@ def test_the_command_lines_attack_is_not_blinded_by_confidence():
     x.requires_grad_()
     (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(cosine_logits(x, head, scale), y), x)
     assert grad.abs().max() == 0
-    x_adv, by, _, _, zero, _ = run_attacks(torch.nn.Identity(), head, scale, x.detach(), y, torch.arange(1), names=["pgd"],
-                                        eps=127.5, steps=5, step_size=51, norm="linf", last_iterate=True)
+    x_adv, _, by, _, _, zero, _ = run_attacks(torch.nn.Identity(), head, scale, x.detach(), y, torch.arange(1),
+                                              names=["pgd"], eps=127.5, steps=5, step_size=51, norm="linf",
+                                              last_iterate=True)
     assert torch.allclose(x_adv, torch.tensor([[.4, .6]]), atol=1e-6) and cosine_logits(x_adv, head, scale).argmax(1) != y
     assert by == 0 and not zero
 

@@ -120,6 +120,8 @@ def apgd(objective, x, y, *, eps, steps, norm="linf", keys=None, alpha=.75, rho=
     x_adv = x if keys is None else random_start(x, eps, norm, keys)
     result, at = x_adv.clone(), torch.full((len(x),), -1, device=x.device)
     one = (-1,) + (1,) * (x.ndim - 1)                                     # [B] → [B, 1, ...]
+    # of each image still in: its place in the batch, its pixels now, before and at its best (with loss and gradient there),
+    # its step size, and of the time since the last checkpoint how often the loss rose, and what was so at its beginning
     s = {"i": torch.arange(len(x), device=x.device), "x": x, "y": y, "x_adv": x_adv, "before": x_adv,
          "size": x.new_full((len(x),), 2 * eps), "halved": torch.ones(len(x), dtype=torch.bool, device=x.device)}
     for step in range(steps + 1):

@@ -50,15 +50,16 @@ def judge(encoder, head, scale, x, y, index, options):
     return records, {"x": x, "x_adv": x_adv, "label": y, "adversarial": facts[0], "image": index}
 
 
-def evaluate(encoder, head, scale, task, options, *, batch_size, workers=0, bar=None, done=None, keep=None):
+def evaluate(encoder, head, scale, task, options, *, batch_size, workers=0, bar=None, done=None, keep=None,
+             probe=True):
     """One record per image of one task, from all processes, which share the images, none twice: a sorted list of dicts.
 
     encoder: x [B,3,H,W] → z [B,D]; head: [K,D]; options: of `run_attacks`. A record's keys: image (its number), label,
     clean (the class predicted, −1: NaN); if that is right also adversarial (likewise, of the attacked image), by (the attack
     that broke it, or None), at, passes, zero and uphill as in `run_attacks`; for some that gradient attacks left standing,
     probe (whether a short Square breaks them, which leads to a warning and counts for nothing else). An image that cannot be
-    read has image and error alone. done: {number: record} of an earlier run, not done again. keep(task, records, tensors)
-    is called after each batch.
+    read has image and error alone. probe: whether to look for that. done: {number: record} of an earlier run, not done
+    again. keep(task, records, tensors) is called after each batch.
     """
     numbers = image_numbers(task)
 
@@ -89,7 +90,7 @@ def evaluate(encoder, head, scale, task, options, *, batch_size, workers=0, bar=
 
     records = dict(done or {})
     records |= {record["image"]: record for record in over([p for p, i in enumerate(numbers) if i not in records], attacked)}
-    if options["names"] != ["square"]:                  # does random search find what gradients do not?
+    if probe and options["names"] != ["square"]:        # does random search find what gradients do not?
         some = [p for p in range(0, len(numbers), math.ceil(len(numbers) / PROBED))
                 if records[numbers[p]].get("by", "") is None and "probe" not in records[numbers[p]]]
         for record in over(some, probed):

@@ -98,7 +98,7 @@ def zero_shot_results(label):
     attack = {"names": ["pgd"], "eps": args.eps, "steps": args.eval_steps, "step_size": args.eps / 4,
               "norm": args.norm, "seed": args.seed}
     results, adapted = (evaluate_tasks(encoder, heads, scale, part, attack, label=label, batch_size=256,
-                                       workers=args.workers) for part in (tasks, held_out))
+                                       workers=args.workers, probe=False) for part in (tasks, held_out))
     if held_out:
         results["adapted"] = adapted["tasks"]
     pictures = examples(encoder, heads, scale, tasks, attack, chosen=before_pictures) if RANK == 0 else []

@@ -146,8 +146,8 @@ class ImageEncoder(nn.Module):
         frame = None
         if border is not None:
             pixels = border[0].flatten(1)                              # [3, S·S]
-            frame = pixels.any(0).nonzero()[:, 0].to(self.mean.device)                          # which of them, [n]
-            border = pixels[:, frame.to(pixels.device)]                # [3, n]
+            frame = pixels.any(0).nonzero()[:, 0]                      # which of them, [n]
+            border, frame = pixels[:, frame], frame.to(self.mean.device)                        # [3, n]
         self.register_buffer("frame", frame, persistent=False)
         for name, prompt in (("border", border), ("tokens", tokens)):
             prompt = None if prompt is None else nn.Parameter(prompt.float().to(self.mean.device), requires_grad=False)

@@ -41,8 +41,7 @@ add_options(parser, steps=(2, 2), batch_size=(256, 128), dtypes=("fp32", "bf16")
 group = parser.add_argument_group("training")
 group.add_argument("--dataset", help="to adapt on: toy, another toy task, imagenet, folder:PATH or cache:FILE (default: "
                    "toy for the toy model, else imagenet)")
-group.add_argument("--loss", default="tecoa",
-                   choices=("tecoa", "ce", "coadv", "imgcoadv", "fare", "pmg"),
+group.add_argument("--loss", choices=("tecoa", "ce", "coadv", "imgcoadv", "fare", "pmg"), default="tecoa",
                    help="tecoa: against the class prompts; ce: a linear readout from scratch, thrown away afterwards; "
                    "coadv: tecoa with one-hot vectors for the texts; imgcoadv: two views of an image against the others; "
                    "fare: features stay those of the original; pmg: tecoa that stays near the original (default: tecoa)")
@@ -60,7 +59,8 @@ group.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", 
                    "one after the other, to save memory (default: %(default)s)")
 parser.option(group, "--epochs", 10, 3, "passes over the data set", type=number(int, 1))
 group.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps of the same schedule")
-parser.option(group, "--lr", 1e-5, 7e-3, "peak learning rate of SGD; prompts: 40, toy: 2", type=number(float, 0))
+parser.option(group, "--lr", 1e-5, 7e-3, "peak learning rate of SGD; prompts: 40, toy: 10; fare: 1e-5, toy: 5e-4",
+              type=number(float, 0))
 parser.option(group, "--warmup", 1000, 25, "steps of linear warm-up, before the cosine to 0", type=number(int, 0))
 group.add_argument("--eval-steps", type=number(int, 1), default=40, help="PGD steps, of ε/4, for the two tables "
                    "(default: %(default)s)")
@@ -77,8 +77,8 @@ for word, method in (("last_blocks", "partial"), ("border", "image-prompt"), ("t
         parser.error(f"--{word.replace('_', '-')} belongs to --adapt {method}, not to {args.adapt}")
 if args.labels == "pseudo" and args.loss in ("imgcoadv", "fare"):
     parser.error(f"--labels pseudo: --loss {args.loss} uses no labels")
-if "prompt" in args.adapt:
-    parser.by_model["lr"] = 40, 2                                          # the paper's; toy: see below
+if "prompt" in args.adapt or args.loss == "fare":                          # fare's distances are not in units of τ
+    parser.by_model["lr"] = (40, 10) if "prompt" in args.adapt else (1e-5, 5e-4)
 usual = {word: values[toy] for word, values in parser.by_model.items()} | {
     "dataset": "toy" if toy else "imagenet", "norm": "linf", "step_size": None, "limit": None, "max_steps": None,
     "accumulate": 1, "labels": "true", "shots": None, "last_blocks": None, "border": None, "tokens": None}
@@ -303,7 +303,7 @@ for epoch in range(args.epochs):
         if not last:
             continue
         if step == 0:
-            wrong = [name for name, p in [*net.named_parameters(), *clip.named_parameters()]
+            wrong = [name for name, p in [*net.named_parameters(), *clip.named_parameters(), *trained.items()]
                      if (p.grad is not None) != any(p is q for q in trained.values())]
             if wrong:
                 raise RuntimeError(f"meant to train but without a gradient, or the other way round: {wrong}")

@@ -276,7 +276,8 @@ def test_prompts_survive_the_checkpoint_and_evaluate_to_equal_numbers(train, mon
     with torch.no_grad():
         z = ImageEncoder(clip, prompts=checkpoint["prompts"])(x)
         assert torch.equal(z, run["encoder"](x)) and (z - ImageEncoder(clip)(x)).abs().max() > .01
-    words = ("--ckpt", out / "ckpt.pt", "--tasks", "colours", "--limit", 64, "--steps", 2, "--device", "cpu", "--out", out / "e")
+    words = ("--ckpt", out / "ckpt.pt", "--tasks", "colours", "--limit", 64, "--steps", 2, "--device", "cpu",
+             "--out", out / "e")
     monkeypatch.setattr("sys.argv", ["eval_zeroshot.py", *map(str, words)])
     runpy.run_path(str(ROOT / "eval_zeroshot.py"), run_name="__main__")
     after, before = (read_json(out / name)["tasks"]["colours"] for name in ("results.json", "results_before.json"))

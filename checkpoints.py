@@ -36,7 +36,8 @@ def save_checkpoint(path, clip, config, **more):
     """Write the image encoder and what is needed to use it again, as a plain dict that loads with weights_only=True.
 
     Keys: format, model, pretrained, text (the text encoder's fingerprint), config, visual (open_clip's `visual.*`
-    names → fp32 tensors), and `more`. Written beside, then renamed: a killed run leaves the old file or the new one.
+    names → fp32 tensors), and `more`, such as prompts (of `ImageEncoder.prompts`). Written beside, then renamed: a killed
+    run leaves the old file or the new one.
     """
     visual = {name: tensor.detach().cpu() for name, tensor in clip.state_dict().items() if name.startswith("visual.")}
     checkpoint = {"format": FORMAT, "model": config["model"], "pretrained": config["pretrained"],

@@ -1,4 +1,4 @@
-"""CLIP: loading one, and the differentiable path from pixels to features."""
+"""CLIP: loading one, the differentiable path from pixels to features, and which of its numbers an adaptation trains."""
 import logging
 import math
 import re
@@ -126,7 +126,8 @@ class ImageEncoder(nn.Module):
 
     prompts: visual prompts, {"border": [1, 3, S, S], "tokens": [L, width]}, either or both. The border (zero inside) is
     added after resize and normalisation and not clipped, S being the model's resolution; the tokens follow the patches,
-    before ln_pre, without positions, the same for every image. Both are frozen parameters of this module.
+    before ln_pre, without positions, the same for every image. Both are frozen parameters of this module; of the border
+    only the pixels that are not zero, so that its inside can never change.
     """
 
     def __init__(self, clip, dtype=torch.float32, prompts=None):
@@ -138,10 +139,30 @@ class ImageEncoder(nn.Module):
         for name in ("mean", "std"):                                   # [3·p·p], of each pixel of a patch
             columns = torch.tensor(statistics[name], device=device).repeat_interleave(area)
             self.register_buffer(name, columns, persistent=False)
-        for name in ("border", "tokens"):
-            prompt = (prompts or {}).get(name)
-            prompt = None if prompt is None else nn.Parameter(prompt.float().to(device), requires_grad=False)
+        self.set_prompts(**prompts or {})
+
+    def set_prompts(self, border=None, tokens=None):
+        """Take these visual prompts, [1, 3, S, S] and [L, width], in place of those that were there."""
+        frame = None
+        if border is not None:
+            pixels = border[0].flatten(1)                              # [3, S·S]
+            frame = pixels.any(0).nonzero()[:, 0]                      # which of them, [n]
+            border, frame = pixels[:, frame], frame.to(self.mean.device)                        # [3, n]
+        self.register_buffer("frame", frame, persistent=False)
+        for name, prompt in (("border", border), ("tokens", tokens)):
+            prompt = None if prompt is None else nn.Parameter(prompt.float().to(self.mean.device), requires_grad=False)
             self.register_parameter(name, prompt)
+
+    def whole_border(self):
+        """The border as an image of the model's resolution, zero inside: [1, 3, S, S]."""
+        height, width = self.visual.image_size
+        pixels = self.border.new_zeros(3, height * width).index_copy(1, self.frame, self.border)
+        return pixels.view(1, 3, height, width)
+
+    def prompts(self):
+        """The visual prompts as `ImageEncoder` and checkpoints take them, on the CPU: {} without any."""
+        found = {"border": None if self.border is None else self.whole_border(), "tokens": self.tokens}
+        return {name: prompt.detach().cpu().clone() for name, prompt in found.items() if prompt is not None}
 
     def patchify(self, x):
         """[B, 3, H, W] → [B, h·w, 3·p·p], any dtype: what the patch embedding multiplies. H, W: the model's own.
@@ -163,7 +184,7 @@ class ImageEncoder(nn.Module):
             weight = visual.conv1.weight.flatten(1) / self.std                                  # [width, 3·p·p]
             patches = F.linear(x, weight, -(weight * self.mean).sum(1))                         # [B, h·w, width]
             if self.border is not None:                                # conv1 is linear: the same for every image
-                patches = patches + F.linear(self.patchify(self.border), visual.conv1.weight.flatten(1))
+                patches = patches + F.linear(self.patchify(self.whole_border()), visual.conv1.weight.flatten(1))
             first = visual.class_embedding.expand(len(x), 1, -1)
             tokens = torch.cat([first, patches], 1) + visual.positional_embedding
             if self.tokens is not None:
@@ -180,3 +201,36 @@ class ImageEncoder(nn.Module):
             if visual.proj is not None:
                 z = z @ visual.proj
         return z.float()
+
+
+ADAPTATIONS = ("full", "partial", "linear", "image-prompt", "token-prompt")
+
+
+def parts_of(names):
+    """The parts of an image encoder that parameters belong to, in words: "visual.ln_post, visual.proj"."""
+    pattern = r"(visual\.transformer\.resblocks\.\d+|visual\.\w+|\w+)"
+    parts = [*dict.fromkeys(re.match(pattern, name)[0].replace("visual.transformer.", "") for name in names)]
+    return ", ".join(parts if len(parts) < 8 else [*parts[:4], "…", *parts[-3:]])
+
+
+def adapt(encoder, methods, *, last_blocks=2, border=30, tokens=5, seed=0):
+    """{name: parameter of encoder} that the methods train (Mao et al. 2023, Figure 2); they give it the prompts they need.
+
+    full: every parameter of the image encoder. partial: the last `last_blocks` transformer blocks, ln_post and proj, by
+    name: the last tensors of a state dict would not have proj among them. linear: proj alone. image-prompt: a border of
+    `border` pixels; token-prompt: `tokens` tokens; both drawn from normal(0, 1) by the seed, and trained together or alone.
+    """
+    visual, gen, prompts = encoder.visual, torch.Generator().manual_seed(seed), {}
+    if "image-prompt" in methods:
+        prompts["border"] = torch.randn(1, 3, *visual.image_size, generator=gen)
+        prompts["border"][:, :, border:-border, border:-border] = 0
+    if "token-prompt" in methods:
+        prompts["tokens"] = torch.randn(tokens, visual.conv1.out_channels, generator=gen)
+    if prompts:
+        encoder.set_prompts(**prompts)
+    blocks = len(visual.transformer.resblocks)
+    last = [f"visual.transformer.resblocks.{i}." for i in range(blocks)][-(last_blocks or 0):]
+    starts = {"full": ["visual."], "partial": [*last, "visual.ln_post.", "visual.proj"], "linear": ["visual.proj"],
+              "image-prompt": ["border"], "token-prompt": ["tokens"]}
+    wanted = tuple(start for method in methods for start in starts[method])
+    return {name: p for name, p in encoder.named_parameters() if name.startswith(wanted)}

@@ -2,11 +2,13 @@
 
     python train_tecoa.py                        # the toy world, minutes on a laptop
     python train_tecoa.py --loss ce              # standard adversarial training, which TeCoA is compared with
+    python train_tecoa.py --adapt image-prompt,token-prompt        # train visual prompts, leave CLIP as it is
     torchrun --nproc_per_node=8 train_tecoa.py --model ViT-B-32-quickgelu --pretrained openai \\
         --dataset imagenet --data-root DIR       # the paper's recipe
 
 Writes out/<run>/: ckpt.pt, log.jsonl, results.json (after), results_before.json and examples.png.
 """
+import copy
 import json
 import math
 import sys
@@ -25,10 +27,11 @@ from attacks import image_keys, pgd
 from checkpoints import save_checkpoint
 from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes,
                  writable_folder, write_json)
-from data import batches, load_task, on_device, task_names
-from eval_zeroshot import evaluate_tasks
-from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, log_odds
-from model import ImageEncoder, image_size, load_clip
+from data import batches, few_shots, load_task, on_device, random_view, task_names
+from eval_zeroshot import evaluate_tasks, pseudo_labels
+from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, cosine_logits, log_odds
+from kernels.pgd_step import to_float
+from model import ADAPTATIONS, ImageEncoder, adapt, image_size, load_clip, parts_of
 from prompts import encode_head
 from report import draw_examples, examples, markdown_table
 
@@ -38,14 +41,26 @@ add_options(parser, steps=(2, 2), batch_size=(256, 128), dtypes=("fp32", "bf16")
 group = parser.add_argument_group("training")
 group.add_argument("--dataset", help="to adapt on: toy, another toy task, imagenet, folder:PATH or cache:FILE (default: "
                    "toy for the toy model, else imagenet)")
-group.add_argument("--loss", choices=("tecoa", "ce"), default="tecoa", help="tecoa: against the class prompts; ce: a linear "
-                   "readout from scratch, thrown away afterwards (default: %(default)s)")
-group.add_argument("--adapt", choices=("full",), default="full", help="what trains: every parameter of the image encoder")
+group.add_argument("--loss", choices=("tecoa", "ce", "coadv", "imgcoadv", "fare", "pmg"), default="tecoa",
+                   help="tecoa: against the class prompts; ce: a linear readout from scratch, thrown away afterwards; "
+                   "coadv: tecoa with one-hot vectors for the texts; imgcoadv: two views of an image against the others; "
+                   "fare: features stay those of the original; pmg: tecoa that stays near the original (default: tecoa)")
+group.add_argument("--labels", choices=("true", "pseudo"), default="true", help="pseudo: what the original CLIP takes the "
+                   "clean images for (default: %(default)s)")
+group.add_argument("--shots", type=number(int, 1), metavar="K", help="adapt on K images of each class (default: on all)")
+group.add_argument("--adapt", default="full", help="what trains. full: the image encoder; partial: its last blocks, ln_post "
+                   "and proj; linear: proj (ce, coadv: the discarded readout alone); image-prompt: a border of pixels; "
+                   "token-prompt: tokens beside the patches; or image-prompt,token-prompt (default: %(default)s)")
+group.add_argument("--last-blocks", type=number(int, 1), metavar="N", help="of --adapt partial (default: 2)")
+group.add_argument("--border", type=number(int, 1), metavar="P", help="width of the image prompt in the model's pixels "
+                   "(default: 30 of 224, in proportion; toy: 4)")
+group.add_argument("--tokens", type=number(int, 1), metavar="L", help="of the token prompt (default: 5)")
 group.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="split each step's batch into N parts, "
                    "one after the other, to save memory (default: %(default)s)")
 parser.option(group, "--epochs", 10, 3, "passes over the data set", type=number(int, 1))
 group.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps of the same schedule")
-parser.option(group, "--lr", 1e-5, 7e-3, "peak learning rate of SGD", type=number(float, 0))
+parser.option(group, "--lr", 1e-5, 7e-3, "peak learning rate of SGD; prompts: 40, toy: 10; fare: 1e-5, toy: 5e-4",
+              type=number(float, 0))
 parser.option(group, "--warmup", 1000, 25, "steps of linear warm-up, before the cosine to 0", type=number(int, 0))
 group.add_argument("--eval-steps", type=number(int, 1), default=40, help="PGD steps, of ε/4, for the two tables "
                    "(default: %(default)s)")
@@ -53,10 +68,20 @@ args = parser.parse_args()
 args.model, args.norm = args.model or "toy", args.norm or "linf"
 if args.norm == "l2" and args.eps is None:
     parser.error("--norm l2 needs --eps, in 1/255")
-toy = args.model == "toy"
+toy, methods, finetuning_lr = args.model == "toy", sorted(args.adapt.split(",")), parser.by_model["lr"][args.model == "toy"]
+args.adapt = ",".join(methods)
+if args.adapt not in (*ADAPTATIONS, "image-prompt,token-prompt"):
+    parser.error(f"--adapt {args.adapt}: expected one of {', '.join(ADAPTATIONS)}, or image-prompt,token-prompt")
+for word, method in (("last_blocks", "partial"), ("border", "image-prompt"), ("tokens", "token-prompt")):
+    if vars(args)[word] is not None and method not in methods:
+        parser.error(f"--{word.replace('_', '-')} belongs to --adapt {method}, not to {args.adapt}")
+if args.labels == "pseudo" and args.loss in ("imgcoadv", "fare"):
+    parser.error(f"--labels pseudo: --loss {args.loss} uses no labels")
+if "prompt" in args.adapt or args.loss == "fare":                          # fare's distances are not in units of τ
+    parser.by_model["lr"] = (40, 10) if "prompt" in args.adapt else (1e-5, 5e-4)
 usual = {word: values[toy] for word, values in parser.by_model.items()} | {
     "dataset": "toy" if toy else "imagenet", "norm": "linf", "step_size": None, "limit": None, "max_steps": None,
-    "accumulate": 1}
+    "accumulate": 1, "labels": "true", "shots": None, "last_blocks": None, "border": None, "tokens": None}
 args.dataset = args.dataset or usual["dataset"]
 args.pretrained = args.pretrained or (f"seed{args.seed}" if toy else None)
 parser.fill(args)
@@ -67,14 +92,23 @@ args.step_size = args.step_size or (1 if not toy and args.norm == "linf" else 1.
 device = start_processes(parser, args)
 args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
 name = "-".join([args.model.removeprefix("hf-hub:"), args.loss, args.adapt, *unusual, f"seed{args.seed}"])
-out = Path(args.out or "out/" + name.replace("/", "-").replace(":", "-"))
+out = Path(args.out or "out/" + name.replace("/", "-").replace(":", "-").replace(",", "-"))
 args.out = str(out)
 try:
     if args.batch_size % (WORLD * args.accumulate):
         raise ValueError(f"--batch-size {args.batch_size} cannot be shared equally by {WORLD} processes"
                          f"{f' in {args.accumulate} parts' if args.accumulate > 1 else ''}")
-    options = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit}
+    if args.loss == "imgcoadv" and args.batch_size == WORLD * args.accumulate:
+        raise ValueError("--loss imgcoadv contrasts the images of a batch: one alone has no others")
+    size = image_size(args.model, args.pretrained)
+    args.last_blocks = args.last_blocks or (2 if "partial" in methods else None)
+    args.border = args.border or (round(30 / 224 * size) if "image-prompt" in methods else None)
+    args.tokens = args.tokens or (5 if "token-prompt" in methods else None)
+    if args.border and 2 * args.border >= size:
+        raise ValueError(f"--border {args.border} leaves nothing inside, the model takes {size} pixels")
+    options = {"size": size, "data_root": args.data_root, "limit": args.limit}
     train = load_task(args.dataset, "train", **options)
+    train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
     tasks = [load_task(name, "val", **options) for name in
              task_names(args.tasks, args.dataset, args.data_root)]
     held_out = [load_task(args.dataset, "val", **options)] if tasks and train.name not in [t.name for t in tasks] else []
@@ -82,6 +116,8 @@ try:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.images)} images of {args.dataset}")
     writable_folder(out)
     clip, tokenizer = first_then_others(lambda: load_clip(args.model, args.pretrained, device, args.seed))
+    if "partial" in methods and args.last_blocks > len(clip.visual.transformer.resblocks):
+        raise ValueError(f"--last-blocks {args.last_blocks}: {args.model} has {len(clip.visual.transformer.resblocks)}")
 except (ValueError, OSError) as error:
     parser.error(str(error))
 
@@ -120,42 +156,111 @@ if RANK == 0:
     write_json(out / "results_before.json", {"config": vars(args) | environment(device), **before})
 
 # ---------------------------------------------------------------------------------------------- loss
-# Each loss says what the update minimises, `loss_fn`, and what its attack ascends, `attacked`: both [B], from net(x).
+original = copy.deepcopy(encoder) if args.loss in ("fare", "pmg") else None                  # frozen, as encoder still is
+pseudo = pseudo_labels(encoder, head, scale, train, args.workers) if args.labels == "pseudo" else None
+# Each loss says what the update minimises, `loss_fn`, and what its attack ascends, `attacked`: both [B], from z = net(x) and
+# y, which is `targets(x, y, keys)`: the labels, unless a loss replaces them, once per batch and without a gradient.
 # The attack maximises the same loss, but follows its log-odds (kernels/contrastive_loss.py says why). `loss_fn` also
-# gives the predicted classes [B], for the log.
-if args.loss == "tecoa":                                                   # Mao et al. 2023
-    net = encoder
+# gives the predicted classes [B], for the log. τ is CLIP's own throughout.
+net = encoder
+torch.manual_seed(args.seed)                                               # of the readouts
 
+
+def targets(x, y, keys):
+    return y
+
+
+if args.loss == "tecoa":                                                   # Mao et al. 2023: −log softmax(cos(z, w_k)/τ)_y
     def loss_fn(z, y):
         return contrastive_loss(z, head, y, scale)
 
     def attacked(z, y):
         return contrastive_log_odds(z, head, y, scale)
-elif args.loss == "ce":                                                    # standard adversarial training
-    torch.manual_seed(args.seed)
+elif args.loss == "ce":                                                    # standard training: −log softmax(Az + b)_y
     net = nn.Sequential(encoder, nn.Linear(head.shape[1], len(head)).to(device))
 
     def loss_fn(logits, y):
         return F.cross_entropy(logits, y, reduction="none"), logits.argmax(1)
 
     attacked = log_odds
+elif args.loss == "coadv":
+    # Mao et al. 2023: tecoa with one-hot e_k for w_k, −log softmax(cos(Pz, e_k)/τ)_y. Open: how z [D] meets e_k [K]. Ours: a
+    # linear P from scratch, without bias, trained beside the encoder and discarded. cos(Pz, e_k) is the k-th of Pz/‖Pz‖.
+    net = nn.Sequential(encoder, nn.Linear(head.shape[1], len(head), bias=False).to(device))
 
-net.requires_grad_(True)
-trained = {id(p) for p in net.parameters()}
-optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=.9, fused=True)
+    def loss_fn(projected, y):
+        logits = scale * F.normalize(projected.float(), dim=1)
+        return F.cross_entropy(logits, y, reduction="none"), logits.argmax(1)
+
+    def attacked(projected, y):
+        return log_odds(scale * F.normalize(projected.float(), dim=1), y)
+elif args.loss == "imgcoadv":
+    # Mao et al. 2023, image to image: −log softmax_j(cos(z_i, v_j)/τ)_i, v_j the features of a second view of image j. Open,
+    # and ours: that view is a crop and flip of the clean image, the first is the image itself, and is attacked; v stand
+    # where tecoa has its texts, fixed and without gradient, in attack and update alike, so that given v the attack of an
+    # image depends on its own pixels alone. Negatives: the images of this process in this part of the batch.
+    def targets(x, y, keys):
+        return F.normalize(encoder(random_view(x, keys)), dim=1)
+
+    def attacked(z, views):
+        return contrastive_log_odds(z, views, torch.arange(len(z), device=z.device), scale)
+
+    def loss_fn(z, views):
+        loss, _ = contrastive_loss(z, views, torch.arange(len(z), device=z.device), scale)
+        return loss, cosine_logits(z, head, scale).argmax(1)
+elif args.loss == "fare":
+    # Schlarmann et al. 2024: ‖F_θ(x_adv) − F_original(x)‖², features not normalised, no labels. Nothing saturates; but in
+    # the first step, at x itself, the distance and its gradient are exactly 0: the random start gets the attack going.
+    def targets(x, y, keys):
+        return original(to_float(x))
+
+    def attacked(z, z_original):
+        return (z - z_original).square().sum(1)
+
+    def loss_fn(z, z_original):
+        return attacked(z, z_original), cosine_logits(z, head, scale).argmax(1)
+elif args.loss == "pmg":
+    # PMG-AFT (Wang et al. 2024): tecoa + KL(p ‖ p_clean) + KL(p ‖ p_original), p on the adversarial image, p_clean the same
+    # model's on the clean one, p_original the original CLIP's on the adversarial one. Directions, weights 1 and 1, gradient
+    # to p and p_clean, and the attack, on tecoa's term alone, are as in the authors' code (hence log-odds, no saturation).
+    # Open: the temperature. Their code normalises the logit scale away, which leaves 1; here every term has τ.
+    def loss_fn(z, y, z_clean, z_original):
+        loss, predicted = contrastive_loss(z, head, y, scale)
+        p, *others = (cosine_logits(features, head, scale).log_softmax(1) for features in (z, z_clean, z_original))
+        return loss + sum((p.exp() * (p - q)).sum(1) for q in others), predicted
+
+    def attacked(z, y):
+        return contrastive_log_odds(z, head, y, scale)
+
+# ---------------------------------------------------------------------------------------------- what trains
+readout = {} if net is encoder else {f"readout.{name}": p for name, p in net[1].named_parameters()}
+trained = {} if readout and args.adapt == "linear" else adapt(
+    encoder, methods, last_blocks=args.last_blocks, border=args.border, tokens=args.tokens, seed=args.seed)
+groups = [{"params": [*trained.values()], "peak": args.lr},                # no readout survives the rate of prompts
+          {"params": [*readout.values()], "peak": finetuning_lr if "prompt" in args.adapt else args.lr}]
+trained |= readout
+for p in trained.values():
+    p.requires_grad_(True)
+optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=.9, fused=True)
 ddp = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None) if WORLD > 1 else net
+if RANK == 0:
+    print(f"--adapt {args.adapt} trains {sum(p.numel() for p in trained.values()):,} numbers: {parts_of(trained)}"
+          + ", not the encoder" * (trained == readout), flush=True)
 
 
 def attack_loss(x, y):                                                     # past DDP, which has nothing to share here
     return attacked(net(x), y)
 
 
-def update_loss(x, y):
-    return loss_fn(ddp(x), y)
+def update_loss(x_adv, y, x):
+    if args.loss != "pmg":
+        return loss_fn(ddp(x_adv), y)
+    z, z_clean = ddp(torch.cat([x_adv, to_float(x)])).chunk(2)             # one pass, as DDP wants it
+    return loss_fn(z, y, z_clean, original(x_adv))
 
 
 if args.compile:
-    attack_loss, update_loss = torch.compile(attack_loss), torch.compile(update_loss)
+    attack_loss, update_loss, targets = map(torch.compile, (attack_loss, update_loss, targets))
 
 # ---------------------------------------------------------------------------------------------- training loop
 per_epoch = len(train.images) // args.batch_size                           # the ragged last batch is left out
@@ -171,30 +276,35 @@ for epoch in range(args.epochs):
     mine = order.view(per_epoch, args.batch_size)[:, RANK::WORLD].flatten().tolist()
     loader = batches(train, mine, args.batch_size // (WORLD * args.accumulate), args.workers)
     for part, (x, y, index) in enumerate(on_device(loader, device), 1):
+        keys, label = image_keys(args.seed, epoch, index), y if pseudo is None else pseudo[index]
+        with torch.no_grad():
+            y = targets(x, label, keys)
         if x.shape[-2:] == encoder.visual.image_size:                      # uint8 → [B,h·w,3·p·p], for all of the step
             x = encoder.patchify(x)
         warm = step < args.warmup                                          # linear warm-up, then cosine to 0
-        lr = args.lr * ((step + 1) / args.warmup if warm else
-                        (1 + math.cos(math.pi * (step - args.warmup) / (schedule_steps - args.warmup))) / 2)
-        optimizer.param_groups[0]["lr"] = lr
+        schedule = ((step + 1) / args.warmup if warm else
+                    (1 + math.cos(math.pi * (step - args.warmup) / (schedule_steps - args.warmup))) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule * group["peak"]
 
         # 1. attack: x_adv = argmax over ‖δ‖ ≤ ε of the loss, weights frozen, gradient to the pixels alone
         net.requires_grad_(False)
         x_adv = pgd(attack_loss, x, y, eps=args.eps / 255, steps=args.steps, step_size=args.step_size / 255, norm=args.norm,
-                    keys=image_keys(args.seed, epoch, index))
-        net.requires_grad_(True)
+                    keys=keys)
+        for p in trained.values():
+            p.requires_grad_(True)
 
         # 2. update: minimise the loss on the adversarial images alone
         last = part % args.accumulate == 0                                 # only then do processes share their gradients
         with nullcontext() if last or WORLD == 1 else ddp.no_sync():
-            losses, predicted = update_loss(x_adv, y)
+            losses, predicted = update_loss(x_adv, y, x)
             (losses.mean() / args.accumulate).backward()
-        sums += torch.stack([losses.detach().sum(), (predicted == y).sum()])
+        sums += torch.stack([losses.detach().sum(), (predicted == label).sum()])
         if not last:
             continue
         if step == 0:
-            wrong = [name for name, p in [*net.named_parameters(), *clip.named_parameters()]
-                     if (p.grad is not None) != (id(p) in trained)]
+            wrong = [name for name, p in [*net.named_parameters(), *clip.named_parameters(), *trained.items()]
+                     if (p.grad is not None) != any(p is q for q in trained.values())]
             if wrong:
                 raise RuntimeError(f"meant to train but without a gradient, or the other way round: {wrong}")
         optimizer.step()
@@ -211,14 +321,15 @@ for epoch in range(args.epochs):
             sums.zero_()
             bar.set_postfix(loss=f"{loss:.3f}", robust=f"{100 * accuracy:.1f}%", images_per_s=f"{rate:.0f}")
             if RANK == 0:
-                print(json.dumps({"step": step, "epoch": epoch, "loss": loss, "robust": 100 * accuracy, "lr": lr,
-                                  "images_per_s": round(rate, 1)}), file=log, flush=True)
+                print(json.dumps({"step": step, "epoch": epoch, "loss": loss, "robust": 100 * accuracy,
+                                  "lr": schedule * args.lr, "images_per_s": round(rate, 1)}), file=log, flush=True)
             if not math.isfinite(loss):
                 sys.exit(f"{parser.prog}: the loss is {loss} at step {step}; try a smaller --lr")
         if step == total:
             break
     if RANK == 0:
-        save_checkpoint(out / "ckpt.pt", clip, vars(args), step=step)
+        prompts = encoder.prompts()
+        save_checkpoint(out / "ckpt.pt", clip, vars(args), step=step, **({"prompts": prompts} if prompts else {}))
     if step == total:
         break
 bar.close()

@@ -27,13 +27,14 @@ from attacks import image_keys, pgd
 from checkpoints import save_checkpoint
 from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes,
                  writable_folder, write_json)
-from data import batches, few_shots, load_task, on_device, random_view, task_names
+from data import batches, load_task, on_device, task_names
 from eval_zeroshot import evaluate_tasks, pseudo_labels
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, cosine_logits, log_odds
 from kernels.pgd_step import to_float
 from model import ADAPTATIONS, ImageEncoder, adapt, image_size, load_clip, parts_of
 from prompts import encode_head
 from report import draw_examples, examples, markdown_table
+from sampling import few_shots, random_view
 
 # ---------------------------------------------------------------------------------------------- options
 parser = Parser(prog="train_tecoa.py", description=__doc__)
@@ -116,6 +117,8 @@ try:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.images)} images of {args.dataset}")
     writable_folder(out)
     clip, tokenizer = first_then_others(lambda: load_clip(args.model, args.pretrained, device, args.seed))
+    if "linear" in methods and args.loss not in ("ce", "coadv") and clip.visual.proj is None:
+        raise ValueError(f"--adapt linear: the image encoder of {args.model} has no proj")
     if "partial" in methods and args.last_blocks > len(clip.visual.transformer.resblocks):
         raise ValueError(f"--last-blocks {args.last_blocks}: {args.model} has {len(clip.visual.transformer.resblocks)}")
 except (ValueError, OSError) as error:
@@ -343,7 +346,8 @@ if RANK == 0:
     if tasks:
         print(f"\nPGD-{args.eval_steps}, {args.norm} ε = {args.eps:g}/255\n")
         print(markdown_table({"CLIP": before, args.loss: after}, after.get("adapted", ())))
+    if before_pictures:
         draw_examples(out / "examples.png", {"CLIP": before_pictures, args.loss: after_pictures}, args.eps)
-    print(f"\nwrote {out}/: ckpt.pt, log.jsonl, results.json" + (", results_before.json, examples.png" if tasks else ""))
+    print(f"\nwrote {out}/: " + ", ".join(path.name for path in sorted(out.iterdir()) if path.is_file()))
 if WORLD > 1:
     dist.destroy_process_group()

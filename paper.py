@@ -3,7 +3,7 @@
     python paper.py                  # Figure 1 with seeds 0, 1, 2: about half an hour on two CPU cores
     python paper.py --seeds 0        # a third of it
     python paper.py precision        # what attacks find in fp32, bf16 and fp16: some ten minutes, most of them fp16's
-    python paper.py attacks          # the attacks against each other and against another implementation: ten minutes
+    python paper.py attacks          # the attacks against each other and against another implementation: five minutes
 
 Figure 1 runs train_tecoa.py for each seed and loss and writes results/fig1.md and results/fig1.png. A seed is everything
 random: the toy CLIP's own pretraining, the readout, the order of the images and the attacks' starts. The images evaluated
@@ -130,7 +130,7 @@ def attacks(limit=100, steps=50, queries=500):
             (f"APGD-DLR-{steps}", ["apgd-dlr"], ("APGD", {"loss": "dlr", "steps": steps})),
             (f"APGD-T-{steps}", ["apgd-t"], ("APGDT", {"steps": steps})),
             (f"Square-{queries}", ["square"], ("Square", {"n_queries": queries})),
-            ("the last but one, APGD-CE and Square in turn", all_of_ours, None),
+            (f"APGD-CE-{steps}, APGD-T-{steps}, Square-{queries} in turn", all_of_ours, None),
             (f"what these leave, under FAB-T-{steps}", None, ("FAB", {"steps": steps, "multi_targeted": True}))]
     counts, total = {}, 0
     with tqdm(total=2 * 3 * len(rows), desc="attacks", unit="attack") as bar:

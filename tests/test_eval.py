@@ -226,7 +226,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("attack", ["pgd", "apgd-ce,apgd-t,square"])
+@pytest.mark.parametrize("attack", ["pgd,apgd-ce,apgd-t,square"])
 def test_batches_and_processes_change_nothing(run, command, small_clip, tmp_path, read_json, attack):
     more = ("--attack", attack, "--steps", 6, "--queries", 25)
     for k, (batch, processes) in enumerate([(64, 1), (1, 1), (7, 1), (30, 2)]):

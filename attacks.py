@@ -6,7 +6,7 @@
 `pgd` ascends loss_fn(x, y) → [B]: pass the log-odds rather than the cross-entropy (kernels/contrastive_loss.py says why).
 The others ascend objective(x, y) → (loss [B], wrong bool [B]): an image that an iterate gets misclassified is broken, and
 leaves the batch at once. They return fp32 [B, ...] in [0,1] within eps of x, the iterate that broke the image or else the
-best that was found, and int64 [B]: the number of that iterate, −1 where the image still stands.
+best that was found (`pgd_any`: the last), and int64 [B]: the number of that iterate, −1 where the image still stands.
 
 An attack differentiates the *sum* over the batch with respect to the pixels alone, so each image gets the result that it
 would get in any other batch; freeze the weights before. All randomness comes from `keys`, one number per image.

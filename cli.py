@@ -108,7 +108,8 @@ def start_processes(parser, args):
     except ValueError as error:
         parser.error(str(error))
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))   # attacks differ
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(days=7))          # one process's images may stand attacks far longer
     return device
 
 

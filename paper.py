@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from adversary import run_attacks
+from adversary import AUTOATTACK, run_attacks
 from attacks import image_keys, pgd
 from checkpoints import load_visual, read_checkpoint
 from cli import DTYPES, Parser, source_version
@@ -123,14 +123,13 @@ def attacks(limit=100, steps=50, queries=500):
         torchattacks = None
     folder = ROOT / "out" / "paper" / source_version() / "loss-tecoa-seed0"
     train(folder, ["--loss", "tecoa"], 0)
-    all_of_ours = ["apgd-ce", "apgd-t", "square"]
     rows = [(f"PGD-{steps}, last iterate", ["pgd"], ("PGD", {"alpha": 2 / 255, "steps": steps})),      # ours, and theirs
             (f"PGD-{steps}", ["pgd"], None), (f"CW-{steps}", ["cw"], None),
             (f"APGD-CE-{steps}", ["apgd-ce"], ("APGD", {"loss": "ce", "steps": steps})),
             (f"APGD-DLR-{steps}", ["apgd-dlr"], ("APGD", {"loss": "dlr", "steps": steps})),
             (f"APGD-T-{steps}", ["apgd-t"], ("APGDT", {"steps": steps})),
             (f"Square-{queries}", ["square"], ("Square", {"n_queries": queries})),
-            (f"APGD-CE-{steps}, APGD-T-{steps}, Square-{queries} in turn", all_of_ours, None),
+            (f"APGD-CE-{steps}, APGD-T-{steps}, Square-{queries} in turn", list(AUTOATTACK), None),
             (f"what these leave, under FAB-T-{steps}", None, ("FAB", {"steps": steps, "multi_targeted": True}))]
     counts, total = {}, 0
     with tqdm(total=2 * 3 * len(rows), desc="attacks", unit="attack") as bar:

@@ -173,6 +173,11 @@ def some_images(n=24, dtype=torch.float64, size=7):
     return x, image_keys(3, 0, torch.arange(n))
 
 
+def never_wrong(net, loss=log_odds):
+    """An objective under which no image ever leaves."""
+    return lambda x, y: (loss(net(x), y), torch.zeros(len(x), dtype=torch.bool))
+
+
 ANY = {"pgd": lambda f, x, y, **o: pgd_any(f, x, y, steps=9, step_size=o["eps"] / 4, **o),
        "apgd": lambda f, x, y, **o: apgd(f, x, y, steps=20, **o),
        "square": lambda f, x, y, **o: square(f, x, y, queries=40, **o)}
@@ -267,7 +272,7 @@ def test_apgd_is_the_algorithm_of_the_paper(norm, eps):
 
     def objective(images, labels):
         trace.append(images.detach().clone())
-        return log_odds(net(images), labels), torch.zeros(len(images), dtype=torch.bool)      # none ever leaves
+        return never_wrong(net)(images, labels)
 
     steps = 50
     x_adv, _ = apgd(objective, x, y, eps=eps, steps=steps, norm=norm, keys=keys)
@@ -285,12 +290,9 @@ def test_apgd_beats_pgd_of_the_same_budget():
     net = network()
     x, keys = some_images(40)
     y = net(x).argmax(1)
-
-    def never(images, labels):
-        return log_odds(net(images), labels), torch.zeros(len(images), dtype=torch.bool)
     options = {"eps": .05, "keys": keys, "steps": 20}
-    auto, plain = (log_odds(net(t), y).mean() for t in (apgd(never, x, y, **options)[0],
-                                                        pgd_any(never, x, y, step_size=.0125, **options)[0]))
+    auto, plain = (log_odds(net(t), y).mean() for t in (
+        apgd(never_wrong(net), x, y, **options)[0], pgd_any(never_wrong(net), x, y, step_size=.0125, **options)[0]))
     assert auto > plain > log_odds(net(x), y).mean()
 
 
@@ -301,14 +303,17 @@ def test_square_never_goes_back_and_needs_no_gradient(norm, eps):
     y = net(x).argmax(1)
     losses = []
 
+    def stepped(images):                                        # nothing to differentiate
+        return (net(images) * 50).round() / 50
+
     def objective(images, labels):
         assert not torch.is_grad_enabled()
-        loss = margin((net(images) * 50).round() / 50, labels)  # nothing to differentiate
+        loss, wrong = never_wrong(stepped, margin)(images, labels)
         losses.append(loss)
-        return loss, torch.zeros(len(images), dtype=torch.bool)
+        return loss, wrong
     x_adv, _ = square(objective, x, y, eps=eps, queries=300, norm=norm, keys=keys)
     best = torch.stack(losses).cummax(0).values
-    assert torch.equal(objective_of(net, lambda s, y: margin((s * 50).round() / 50, y))(x_adv, y)[0], best[-1])
+    assert torch.equal(margin(stepped(x_adv), y), best[-1])
     assert (best[-1] > best[0]).sum() > 4 and len(losses) == 300
     again, _ = square(objective, x, y, eps=eps, queries=300, norm=norm, keys=keys)
     other, _ = square(objective, x, y, eps=eps, queries=300, norm=norm, keys=keys + 1)

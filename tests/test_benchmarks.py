@@ -456,6 +456,8 @@ def test_named_sets_from_shards(tmp_path):
     land = load_task("eurosat", "val", size=24, data_root=tmp_path)
     assert land.class_names[0] == "a sea or a lake" and land.class_names[9] == "annual crop land"         # by class
     assert land.images[0][1] == 0
+    assert land.source == f"{tmp_path}/wds_vtab-eurosat (clip-benchmark's test part; the paper takes all images)"
+    assert animals.source == f"{tmp_path}/wds_vtab-pets_test"
     assert load_task("eurosat", "val", size=24, data_root=tmp_path, templates="openai").class_names == own
     assert load_task("pcam", "val", size=8, data_root=tmp_path).class_names[1] == "lymph node tumor tissue"
     assert load_task("aircraft", "val", size=8, data_root=tmp_path).class_names == ["Boeing 707-320", "A310"]

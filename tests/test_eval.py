@@ -78,6 +78,22 @@ def test_each_attack_sees_only_what_the_ones_before_left_standing(toy):
     assert (x_adv - to_float(x)).abs().max() <= 5 / 255 + 1e-6
 
 
+def test_what_a_second_look_clears_stands_and_meets_the_next_attack(toy):
+    """A model that errs only where a gradient is asked for, as rounding may: neither attack may take it at its word."""
+    encoder, head, scale, _ = toy
+    x, y, index = rightly(toy)
+    used = []
+
+    def fickle(x):
+        used.append(len(x))
+        z = encoder(x)
+        return -z if x.requires_grad else z
+    _, predicted, by, at, passes, *_ = run_attacks(fickle, head, scale, x, y, index, **PGD | {
+        "names": ["pgd", "apgd-ce"], "eps": .1, "steps": 3})
+    assert (by == -1).all() and (at == -1).all() and torch.equal(predicted, y) and (passes == 8).all()
+    assert used.count(len(y)) == len(used) > 4           # the second attack was given all of them
+
+
 def test_restarts_only_ever_break_more_and_start_elsewhere(toy):
     encoder, head, scale, _ = toy
     x, y, index = rightly(toy)
@@ -404,6 +420,37 @@ def test_the_openai_ensemble_is_another_head(small_clip):
     one = encode_head(clip, tokenizer, ["red", "blue"], "a photo of a {}")
     both = encode_head(clip, tokenizer, ["red", "blue"], ["a photo of a {}", "{}"])
     assert one.shape == both.shape and not torch.allclose(one, both, atol=1e-3)
+
+
+def test_what_is_not_counted_in_the_mean(toy):
+    """A set of which nothing can be read, and Country-211, which is not one of the paper's sixteen."""
+    encoder, head, scale, task = toy
+
+    class Damaged(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            raise ValueError(f"cannot decode {index}.png")
+    tasks = [task._replace(name=name, images=images) for name, images in (
+        ("pets", Subset(task.images, range(30))), ("dtd", Damaged()), ("country211", Subset(task.images, range(30, 40))))]
+    result = evaluate_tasks(encoder, {task.name: head for task in tasks}, scale, tasks, PGD | {"steps": 3}, label="",
+                            batch_size=16)
+    rows = result["tasks"]
+    assert result["mean"] == {"tasks": 1, "clean": rows["pets"]["clean"], "robust": rows["pets"]["robust"]}
+    assert (rows["dtd"]["n"], rows["dtd"]["left_out"], rows["country211"]["n"]) == (0, 3, 10)
+    assert rows["dtd"]["warnings"] == ["3 of 3 images could not be read"]
+
+
+def test_a_plain_clip_that_withstands_apgd_is_warned_about(command, small_clip, monkeypatch, tmp_path, read_json):
+    monkeypatch.setattr("eval_zeroshot.load_clip", lambda name, tag, *more: load_clip(name, str(small_clip), *more))
+    words = ["--pretrained", "seed7", "--tasks", "colours", "--limit", 40, "--steps", 1]
+    for name, more, warned in (("a", ["--attack", "apgd-ce"], True), ("b", ["--attack", "pgd"], False),
+                               ("c", ["--attack", "apgd-ce", "--eps", 4], False)):
+        printed = command(*words, *more, "--out", tmp_path / name)
+        assert read_json(tmp_path / name / "results.json")["mean"]["robust"] > 10
+        assert ("warning: " in printed and "never made robust" in printed) == warned
+        assert ("warnings" in read_json(tmp_path / name / "results.json")) == warned
 
 
 def test_evaluate_reads_each_image_once(toy):

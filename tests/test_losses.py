@@ -123,7 +123,7 @@ def test_losses_are_their_formulas_and_attacks_follow_their_gradient(loss, train
         assert rise[places != i].abs().max() < 1e-3 * rise[i]
 
 
-def test_losses_that_need_more_than_labels_get_it(train):
+def test_losses_that_need_more_than_labels_get_it(train, noisy_clip):
     """fare: features of the original on clean images; pmg: of both on both; imgcoadv: of a second view. After two steps the
     trained encoder is no longer the original."""
     (clip, head), (images, labels, keys) = plain(), seen()
@@ -139,10 +139,18 @@ def test_losses_that_need_more_than_labels_get_it(train):
     losses, _ = run["update_loss"](x_adv, target, images)
     assert torch.allclose(losses, (now - open_clips_features(clip, x)).square().sum(1), rtol=1e-3)
 
-    run = train("--loss", "pmg", "--max-steps", 2)
-    p, q, r = (log_p(open_clips_features(*pair)) for pair in ((run["clip"], x_adv), (run["clip"], x), (clip, x_adv)))
-    expected = -p[torch.arange(6), labels] + (p.exp() * (p - q)).sum(1) + (p.exp() * (p - r)).sum(1)
-    assert (p - r).abs().max() > 1e-3
+    clip.load_state_dict(torch.load(noisy_clip))                                         # tells the images apart
+    run, x_adv = train("--loss", "pmg", "--max-steps", 2, "--lr", .1, "--pretrained", noisy_clip), x.flip(0)
+    head = run["head"].double()
+    scale = run["scale"]
+    now, now_clean, before, before_clean = (log_p(open_clips_features(model, image).double())
+                                            for model in (run["clip"], clip) for image in (x_adv, x))
+
+    def loss(p, *others):
+        return -p[torch.arange(6), labels] + sum((p.exp() * (p - q)).sum(1) for q in others)
+    expected = loss(now, now_clean, before)
+    for wrong in ((now, now_clean, before_clean), (now, before_clean, before), (now, before), (now, now_clean)):
+        assert ((loss(*wrong) - expected).abs() / expected).max() > .01                  # so that each of them would show
     run["net"].requires_grad_(True)
     losses, _ = run["update_loss"](x_adv, labels, images)
     assert torch.allclose(losses.double(), expected, rtol=1e-3)

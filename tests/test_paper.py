@@ -50,7 +50,7 @@ def test_wrong_seeds_are_one_line(monkeypatch, capsys):
 
 
 def test_attacks_are_counted_on_the_same_images(tmp_path, monkeypatch, capsys, small_clip):
-    """The table with a checkpoint that is the plain CLIP, so that both halves are the same, beside attacks that do nothing."""
+    """The table with a checkpoint that is the plain CLIP, so both halves are the same, beside attacks that do nothing."""
     import checkpoints
     import model
 

@@ -3,11 +3,14 @@
     python eval_zeroshot.py --ckpt out/toy-tecoa-full-seed0/ckpt.pt
     python eval_zeroshot.py --model ViT-B-32-quickgelu --pretrained openai --data-root DIR --attack autoattack
     torchrun --nproc_per_node=8 eval_zeroshot.py --ckpt out/RUN/ckpt.pt --data-root DIR --tasks cifar10,pets,wds:PATH
+    python eval_zeroshot.py --ckpt out/RUN/ckpt.pt --interpolate 0,0.25,0.5,0.75,1
 
 An image counts as robust if it is classified rightly when clean and at every iterate of every attack (--last-iterate: at
 the end of the only one). The attacker knows everything: the gradient goes through projection, blocks, normalisation and
 resize to the pixels of the data set's own resolution. A killed evaluation goes on where it was: type the command again.
 """
+import argparse
+import copy
 import hashlib
 import json
 import math
@@ -147,6 +150,14 @@ def pseudo_labels(encoder, head, scale, task, workers=0):
     return torch.zeros(int(index.max()) + 1, dtype=torch.int64).index_copy(0, index, guessed).to(head.device)
 
 
+def shares(text):
+    """An argparse type: a comma list of numbers from 0 to 1, each once."""
+    values = list(dict.fromkeys(float(word) for word in text.split(",")))
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"expected a comma list of numbers from 0 to 1, got {text}")
+    return values
+
+
 def main():
     parser = Parser(prog="eval_zeroshot.py", description=__doc__)
     add_options(parser, steps=(100, 100), batch_size=(256, 256), dtypes=("fp32", "bf16", "fp16"), attack="in evaluation")
@@ -162,20 +173,46 @@ def main():
                        "last iterate alone (default: an image falls with any iterate)")
     group.add_argument("--templates", choices=("paper", "openai"), default="paper", help="paper: its one template a data "
                        "set; openai: the average over CLIP's own several (default: %(default)s)")
+    group.add_argument("--interpolate", type=shares, metavar="α,…", help="evaluate (1 − α)·CLIP + α·checkpoint, in their "
+                       "weights, for each α of a comma list of numbers from 0 to 1 (default: the checkpoint, α = 1)")
     group.add_argument("--examples", action="store_true", help="draw examples.png, a page of attacked images (default: no)")
     group.add_argument("--save-adv", metavar="DIR", help="keep the attacked images in DIR/<task>/*.npz: x (uint8), x_adv "
                        "(fp32), image, label, adversarial (default: no)")
     group.add_argument("--export", metavar="DIR", help="write the CLIP to DIR/open_clip_model.safetensors, which open_clip "
                        "loads; --tasks none for that alone (default: no)")
     args = parser.parse_args()
+    alphas, means = args.interpolate or [1.], {}
+    if len(alphas) > 1 and (args.save_adv or args.export):
+        parser.error(f"--{'save-adv' if args.save_adv else 'export'} takes one model, not --interpolate's {len(alphas)}")
+    device = start_processes(parser, args)
+    for alpha in alphas:
+        out = {"out": f"{args.out}/interpolate{alpha:g}"} if args.out and len(alphas) > 1 else {}
+        means[alpha] = evaluate_command(parser, argparse.Namespace(**vars(args) | out), device, alpha)
+    if RANK == 0 and len(alphas) > 1 and means[alpha]:
+        print("\n| α | clean % | robust % |\n|--:|--:|--:|")
+        for alpha, mean in means.items():
+            print(f"| {alpha:g} | {mean['clean']:.1f} | {mean['robust']:.1f} |")
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+def evaluate_command(parser, args, device, alpha):
+    """What the command line asks for, of the model that has share alpha of the checkpoint's weights and the rest of CLIP's;
+    prints it and writes its files. Returns {"clean", "robust"}, the mean over the tasks; None without any.
+    """
+    interpolated, args.interpolate = bool(args.interpolate), None if alpha == 1 else alpha
     given = {word: vars(args)[word] for word in ("attack", "norm", "eps", "steps", "step_size", "queries", "restarts",
-                                                 "last_iterate", "templates", "dtype", "limit", "seed")}
-    device, locked = start_processes(parser, args), None
+                                                 "last_iterate", "templates", "dtype", "limit", "seed", "interpolate")}
+    locked = None
     try:
         names = attack_list(args.attack)
         if args.last_iterate and names not in (["pgd"], ["cw"]):
             raise ValueError("--last-iterate is for --attack pgd or cw alone")
         checkpoint = read_checkpoint(args.ckpt, args.model) if args.ckpt else {"config": {}}
+        if interpolated and (not args.ckpt or "prompts" in checkpoint or "text_state" in checkpoint):
+            raise ValueError("--interpolate is between a CLIP and the image encoder that was finetuned from it: "
+                             + (f"{args.ckpt} has visual prompts" if "prompts" in checkpoint else f"{args.ckpt} is a whole "
+                                "CLIP, and does not say of which other" if args.ckpt else "give --ckpt"))
         args.model = args.model or checkpoint.get("model", "toy")
         args.pretrained = args.pretrained or checkpoint.get("pretrained")
         if args.model == "toy" and args.pretrained is None:
@@ -211,20 +248,23 @@ def main():
         seed = trained.get("seed", args.seed)                                  # of random weights
         clip, tokenizer = first_then_others(lambda: load_clip(args.model, args.pretrained, device, seed))
         if args.ckpt:
+            original = copy.deepcopy(clip.visual.state_dict())
             load_visual(clip, checkpoint, args.ckpt)
+            for name, tensor in clip.visual.state_dict().items():              # exactly one of the two at α = 0 and 1
+                tensor.copy_(torch.lerp(original[name], tensor, alpha))
         if args.export and RANK == 0:
             export_clip(clip, args.model, args.export, checkpoint.get("prompts"))
             print(f"wrote {args.export}/open_clip_model.safetensors and open_clip_config.json")
         if not tasks:
-            return
+            return None
         options = {"names": names, "eps": args.eps, "steps": args.steps, "step_size": args.step_size, "norm": args.norm,
                    "queries": args.queries, "restarts": args.restarts, "seed": args.seed, "last_iterate": args.last_iterate}
         files = {word: hashlib.sha256(Path(path).read_bytes()).hexdigest() for word, path in
                  (("ckpt", args.ckpt), ("pretrained", args.pretrained)) if path and Path(path).is_file()}
         identity = json.loads(json.dumps(                                      # what the numbers depend on
             {"code": source_version(), "model": args.model, "pretrained": args.pretrained, **files, **options, "dtype":
-             args.dtype, "templates": args.templates, "limit": args.limit, "data_root": args.data_root and
-             str(Path(args.data_root).resolve())}))
+             args.dtype, "templates": args.templates, "limit": args.limit, "interpolate": alpha,
+             "data_root": args.data_root and str(Path(args.data_root).resolve())}))
         done, counts = {}, {task.name: len(task.images) for task in tasks}
         if RANK == 0:
             writable_folder(out)
@@ -284,7 +324,8 @@ def main():
                              batch_size=args.batch_size, workers=args.workers)
     if RANK == 0:
         write_journal(out, identity, elsewhere | finished)
-        print(f"\n{args.ckpt or f'{args.model} {args.pretrained}'} under {protocol(options)}\n\n{full_table(results)}\n")
+        label = (args.ckpt or f"{args.model} {args.pretrained}") + f", α = {alpha:g}," * (alpha != 1)
+        print(f"\n{label} under {protocol(options)}\n\n{full_table(results)}\n")
         for name in finished:
             if " (" in results["tasks"][name]["source"]:
                 print(f"{name} was read from {results['tasks'][name]['source']}")
@@ -299,8 +340,7 @@ def main():
         print(f"wrote {out}/results.json, images.jsonl" + ", examples.png" * bool(pictures)
               + (f"; {save_adv}/" if save_adv else ""))
         os.close(locked)
-    if WORLD > 1:
-        dist.destroy_process_group()
+    return results["mean"]
 
 
 if __name__ == "__main__":

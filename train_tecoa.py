@@ -58,9 +58,9 @@ group.add_argument("--border", type=number(int, 1), metavar="P", help="width of 
 group.add_argument("--tokens", type=number(int, 1), metavar="L", help="of the token prompt (default: 5)")
 group.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="split each step's batch into N parts, "
                    "one after the other, to save memory (default: %(default)s)")
-parser.option(group, "--epochs", 10, 3, "passes over the data set", type=number(int, 1))
+parser.option(group, "--epochs", 10, 2, "passes over the data set", type=number(int, 1))
 group.add_argument("--max-steps", type=number(int, 1), metavar="N", help="stop after N steps of the same schedule")
-parser.option(group, "--lr", 1e-5, 7e-3, "peak learning rate of SGD; prompts: 40, toy: 10; fare: 1e-5, toy: 5e-4",
+parser.option(group, "--lr", 1e-5, 7e-3, "peak learning rate of SGD; prompts: 40, toy: 10; fare: 1e-5, toy: 2e-3",
               type=number(float, 0))
 parser.option(group, "--warmup", 1000, 25, "steps of linear warm-up, before the cosine to 0", type=number(int, 0))
 group.add_argument("--eval-steps", type=number(int, 1), default=40, help="PGD steps, of ε/4, for the two tables "
@@ -79,7 +79,7 @@ for word, method in (("last_blocks", "partial"), ("border", "image-prompt"), ("t
 if args.labels == "pseudo" and args.loss in ("imgcoadv", "fare"):
     parser.error(f"--labels pseudo: --loss {args.loss} uses no labels")
 if "prompt" in args.adapt or args.loss == "fare":                          # fare's distances are not in units of τ
-    parser.by_model["lr"] = (40, 10) if "prompt" in args.adapt else (1e-5, 5e-4)
+    parser.by_model["lr"] = (40, 10) if "prompt" in args.adapt else (1e-5, 2e-3)
 usual = {word: values[toy] for word, values in parser.by_model.items()} | {
     "dataset": "toy" if toy else "imagenet", "norm": "linf", "step_size": None, "limit": None, "max_steps": None,
     "accumulate": 1, "labels": "true", "shots": None, "last_blocks": None, "border": None, "tokens": None}
@@ -173,35 +173,39 @@ def targets(x, y, keys):
     return y
 
 
-if args.loss == "tecoa":                                                   # Mao et al. 2023: −log softmax(cos(z, w_k)/τ)_y
+if args.loss == "tecoa":
     def loss_fn(z, y):
+        """−log softmax_k(cos(z, w_k)/τ)_y over the texts w_k of all classes: TeCoA (Mao et al. 2023)."""
         return contrastive_loss(z, head, y, scale)
 
     def attacked(z, y):
         return contrastive_log_odds(z, head, y, scale)
-elif args.loss == "ce":                                                    # standard training: −log softmax(Az + b)_y
+elif args.loss == "ce":
     net = nn.Sequential(encoder, nn.Linear(head.shape[1], len(head)).to(device))
 
     def loss_fn(logits, y):
+        """−log softmax(Az + b)_y: standard adversarial training (Madry et al. 2018), what Mao et al. 2023 compare with.
+
+        Open: how z is read when there are no texts. Ours: a linear readout A, b from scratch, discarded afterwards.
+        """
         return F.cross_entropy(logits, y, reduction="none"), logits.argmax(1)
 
     attacked = log_odds
 elif args.loss == "coadv":
-    # Mao et al. 2023: tecoa with one-hot e_k for w_k, −log softmax(cos(Pz, e_k)/τ)_y. Open: how z [D] meets e_k [K]. Ours: a
-    # linear P from scratch, without bias, trained beside the encoder and discarded. cos(Pz, e_k) is the k-th of Pz/‖Pz‖.
     net = nn.Sequential(encoder, nn.Linear(head.shape[1], len(head), bias=False).to(device))
 
     def loss_fn(projected, y):
+        """−log softmax_k(cos(Pz, e_k)/τ)_y: tecoa with the one-hot e_k in place of the text w_k (Mao et al. 2023).
+
+        Open: how z [D] meets e_k [K]. Ours: a linear P from scratch, without bias, trained beside the encoder and discarded
+        afterwards. cos(Pz, e_k) is the k-th number of Pz/‖Pz‖.
+        """
         logits = scale * F.normalize(projected.float(), dim=1)
         return F.cross_entropy(logits, y, reduction="none"), logits.argmax(1)
 
     def attacked(projected, y):
         return log_odds(scale * F.normalize(projected.float(), dim=1), y)
 elif args.loss == "imgcoadv":
-    # Mao et al. 2023, image to image: −log softmax_j(cos(z_i, v_j)/τ)_i, v_j the features of a second view of image j. Open,
-    # and ours: that view is a crop and flip of the clean image, the first is the image itself, and is attacked; v stand
-    # where tecoa has its texts, fixed and without gradient, in attack and update alike, so that given v the attack of an
-    # image depends on its own pixels alone. Negatives: the images of this process in this part of the batch.
     def targets(x, y, keys):
         return F.normalize(encoder(random_view(x, keys)), dim=1)
 
@@ -209,11 +213,15 @@ elif args.loss == "imgcoadv":
         return contrastive_log_odds(z, views, torch.arange(len(z), device=z.device), scale)
 
     def loss_fn(z, views):
+        """−log softmax_j(cos(z_i, v_j)/τ)_i, v_j the features of a second view of image j: image to image (Mao et al. 2023).
+
+        Open, and ours: that view is a crop and flip of the clean image, the first is the image itself, and is attacked; the
+        v stand where tecoa has its texts, fixed and without gradient, in attack and update alike, so that given v the attack
+        of an image depends on its own pixels alone. Negatives: the images of this process in this part of the batch.
+        """
         loss, _ = contrastive_loss(z, views, torch.arange(len(z), device=z.device), scale)
         return loss, cosine_logits(z, head, scale).argmax(1)
 elif args.loss == "fare":
-    # Schlarmann et al. 2024: ‖F_θ(x_adv) − F_original(x)‖², features not normalised, no labels. Nothing saturates; but in
-    # the first step, at x itself, the distance and its gradient are exactly 0: the random start gets the attack going.
     def targets(x, y, keys):
         return original(to_float(x))
 
@@ -221,13 +229,21 @@ elif args.loss == "fare":
         return (z - z_original).square().sum(1)
 
     def loss_fn(z, z_original):
+        """‖z − F_original(x)‖², features not normalised, no labels: FARE (Schlarmann et al. 2024).
+
+        Nothing saturates, so the attack ascends it as it is; but in the first step, at x itself, the distance and its
+        gradient are exactly 0: the random start gets the attack going.
+        """
         return attacked(z, z_original), cosine_logits(z, head, scale).argmax(1)
 elif args.loss == "pmg":
-    # PMG-AFT (Wang et al. 2024): tecoa + KL(p ‖ p_clean) + KL(p ‖ p_original), p on the adversarial image, p_clean the same
-    # model's on the clean one, p_original the original CLIP's on the adversarial one. Directions, weights 1 and 1, gradient
-    # to p and p_clean, and the attack, on tecoa's term alone, are as in the authors' code (hence log-odds, no saturation).
-    # Open: the temperature. Their code normalises the logit scale away, which leaves 1; here every term has τ.
     def loss_fn(z, y, z_clean, z_original):
+        """tecoa + KL(p ‖ p_clean) + KL(p ‖ p_original): PMG-AFT (Wang et al. 2024).
+
+        p on the adversarial image, p_clean the same model's on the clean one, p_original the original CLIP's on the
+        adversarial one. Directions, weights 1 and 1, gradient to p and p_clean, and the attack, on tecoa's term alone, are
+        as in the authors' code (hence log-odds, no saturation). Open: the temperature. Their code normalises the logit
+        scale away, which leaves 1; here every term has τ.
+        """
         loss, predicted = contrastive_loss(z, head, y, scale)
         p, *others = (cosine_logits(features, head, scale).log_softmax(1) for features in (z, z_clean, z_original))
         return loss + sum((p.exp() * (p - q)).sum(1) for q in others), predicted
@@ -342,7 +358,8 @@ net.requires_grad_(False)
 torch.set_float32_matmul_precision("highest")
 after, after_pictures = zero_shot_results(args.loss)
 if RANK == 0:
-    write_json(out / "results.json", {"config": vars(args) | environment(device), **after})
+    trained_numbers = sum(p.numel() for p in trained.values())
+    write_json(out / "results.json", {"config": vars(args) | environment(device), "trained": trained_numbers, **after})
     if tasks:
         print(f"\nPGD-{args.eval_steps}, {args.norm} ε = {args.eps:g}/255\n")
         print(markdown_table({"CLIP": before, args.loss: after}, after.get("adapted", ())))

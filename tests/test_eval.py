@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from conftest import ROOT
@@ -15,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Subset
 
 from adversary import attack_list, defined, run_attacks
+from checkpoints import save_checkpoint
 from cli import DTYPES
 from data import batches, load_task
 from eval_zeroshot import evaluate, evaluate_tasks, main
@@ -413,6 +415,49 @@ def test_foreign_checkpoints_and_export_through_the_command(command, small_clip,
             tmp_path / name)
     rows = [read_json(tmp_path / name / "results.json")["tasks"]["colours"] for name in "abcd"]
     assert rows[0] == rows[2] == rows[3] and abs(rows[1]["clean"] - rows[0]["clean"]) < 2 and rows[0]["clean"] > 50
+
+
+def test_interpolation_is_between_the_weights(command, small_clip, tmp_path, read_json):
+    """α = 0 is the plain CLIP, 1 the checkpoint, to the bit; ¼ is the CLIP whose weights were mixed by hand."""
+    clip, mixed = (load_clip("toy", str(small_clip))[0] for _ in range(2))
+    start, gen = {name: t.clone() for name, t in clip.state_dict().items()}, torch.Generator().manual_seed(0)
+    moved = {name: t + .8 * t.std() * torch.randn(t.shape, generator=gen) for name, t in start.items() if t.ndim == 2}
+    clip.load_state_dict({name: t for name, t in moved.items() if name.startswith("visual.")}, strict=False)
+    ckpt, by_hand = tmp_path / "run" / "ckpt.pt", tmp_path / "mixed.pt"
+    ckpt.parent.mkdir()
+    config = {"model": "toy", "pretrained": str(small_clip), "norm": "linf", "eps": 4.}
+    save_checkpoint(ckpt, clip, config)
+    mixed.load_state_dict({name: .75 * start[name] + .25 * t for name, t in clip.state_dict().items()})
+    torch.save(mixed.state_dict(), by_hand)
+    words = ("--tasks", "colours,textures", "--limit", 90, "--steps", 4)
+    said = command("--ckpt", ckpt, *words, "--interpolate", "0,.25,1")
+    command("--pretrained", small_clip, *words, "--eps", 4, "--out", tmp_path / "plain")
+    command("--pretrained", by_hand, *words, "--eps", 4, "--out", tmp_path / "by_hand")
+    names = {"0": "eval-steps4-limit90-interpolate0.0", "0.25": "eval-steps4-limit90-interpolate0.25",
+             "1": "eval-steps4-limit90"}
+    found = {alpha: read_json(ckpt.parent / name / "results.json") for alpha, name in names.items()}
+    assert found["0"]["tasks"] == read_json(tmp_path / "plain" / "results.json")["tasks"]
+    hand = read_json(tmp_path / "by_hand" / "results.json")
+    assert all(abs(found["0.25"]["mean"][kind] - hand["mean"][kind]) < 1.5 for kind in ("clean", "robust"))
+    means = [found[alpha]["mean"] for alpha in names]
+    assert means[0]["clean"] > means[2]["clean"] + 4 and means[1] not in (means[0], means[2])
+    for alpha, mean in zip(names, means):
+        assert f"| {alpha} | {mean['clean']:.1f} | {mean['robust']:.1f} |\n" in said
+    assert "180 of 180 images are done" in command("--ckpt", ckpt, *words)               # α = 1 is the checkpoint itself
+    exported = tmp_path / "half"
+    command("--ckpt", ckpt, "--tasks", "none", "--interpolate", ".5", "--export", exported)
+    half = open_clip.create_model("toy", str(exported / "open_clip_model.safetensors")).state_dict()
+    for name, t in clip.state_dict().items():
+        assert torch.allclose(half[name], (start[name] + t) / 2, atol=1e-6), name
+    command("--ckpt", ckpt, *words, "--interpolate", "0,.25", "--out", tmp_path / "both")
+    assert read_json(tmp_path / "both" / "interpolate0.25" / "results.json")["tasks"] == found["0.25"]["tasks"]
+    save_checkpoint(ckpt, clip, config, prompts={"tokens": torch.zeros(2, 96)})
+    for more, why in ((("--ckpt", ckpt, "--interpolate", "1,.5"), "visual prompts"),
+                      (("--interpolate", "0.5"), "give --ckpt"), (("--ckpt", ckpt, "--interpolate", "0,2"), "from 0 to 1"),
+                      (("--ckpt", ckpt, "--interpolate", "half"), "--interpolate"),
+                      (("--model", "toy", "--ckpt", by_hand, "--interpolate", ".5"), "a whole CLIP"),
+                      (("--ckpt", ckpt, "--interpolate", "0,1", "--export", exported), "takes one model")):
+        assert why in command(*more, status=2)
 
 
 def test_the_openai_ensemble_is_another_head(small_clip):

@@ -39,7 +39,7 @@ def folder(o, point, seed):
     """Where a point's training and its evaluation are."""
     words = re.sub(r"[^\w.]+", "-", (point.train or "clip").strip(" -"))
     base = o.runs / f"{words}-seed{seed}"
-    return base, base / ("eval" + re.sub(r"[^\w.]+", "-", f"-{point.evaluate}" if point.evaluate else ""))
+    return base, base / ("eval" + re.sub(r"[^\w.]+", "-", f"-{point.evaluate}" if point.evaluate else "") + o.evaluation)
 
 
 def read(o, point, seed):
@@ -156,22 +156,27 @@ def conditions(o, points):
     configs = [results["config"] for found in runs.values() for results in found]
     eps = ", ".join(f"{value:g}" for value in sorted({config["eps"] for config in configs}))
     protocol = re.sub(r"ε = [\d.]+", f"ε = {eps}", next(iter(runs.values()))[0]["protocol"])
-    warned = [f"- warning: {point.train or 'CLIP'} {point.evaluate}, seed {seed}, {task}: {text}" for point, found in
-              runs.items() for seed, results in zip(o.seeds, found) for task, row in results["tasks"].items()
-              for text in row["warnings"]]
+    warned = [f"{' '.join(filter(None, (point.train or 'CLIP', point.evaluate)))}, seed {seed}, {task}: {text}"
+              for point, found in runs.items() for seed, results in zip(o.seeds, found)
+              for task, row in results["tasks"].items() for text in row["warnings"]]
+    total = sum(len(results["tasks"]) for found in runs.values() for results in found)
+    warned = [f"Evaluations of a task that came with a warning: {len(warned)} of {total}" + (
+        f", the first: {warned[0]}." if warned else ".")]
     return (f"code {o.version}; {configs[0]['hardware']}, Python {configs[0]['python']}, PyTorch {configs[0]['torch']}. "
             f"{o.model}, adapted on {o.dataset}; {protocol}; {configs[0]['limit'] or 'all'} images a task."), warned
 
 
-def write_section(path, name, title, lines):
-    """Put a section into a Markdown file in place of the one of that name; sections stand in the order of FIGURES."""
+def write_section(o, name, title, lines):
+    """Put a section into paper.md in place of the one of that title; sections stand in the order of FIGURES."""
+    path = o.out / "paper.md"
     text = path.read_text() if path.exists() else ""
     sections = {part.split("\n", 1)[0]: part for part in re.split(r"^## ", text, flags=re.M)[1:]}
     sections[title] = f"{title}\n\n" + "\n".join(lines) + f"\n\n![{name}]({name}.png)\n\n"
     order = [figure.__doc__ for figure in FIGURES]
-    head = ("# The paper's figures and tables: `python paper.py`\n\nZero-shot accuracy in percent, mean over the tasks that "
-            "were not adapted on, ± standard deviation over seeds. “Own classes”: held-out images of those adapted on, "
-            "not in the mean.\n\n")
+    tasks = ("the tasks that were not adapted on, ± standard deviation over seeds. “Own classes”: held-out images of those "
+             "adapted on, not in the mean" if o.toy else "the sets evaluated on, with the one adapted on, as in the paper, "
+             f"but without {', '.join(EXTRA)}, ± standard deviation over seeds")
+    head = f"# The paper's figures and tables: `python paper.py`\n\nZero-shot accuracy in percent, mean over {tasks}.\n\n"
     path.write_text(head + "".join(f"## {sections[title]}" for title in order if title in sections).rstrip() + "\n")
 
 
@@ -210,9 +215,11 @@ def main():
         parser.error(f"--seeds: expected numbers below {2**31}")
     if o.what in (["precision"], ["attacks"]) and (passed_on or o.out):
         parser.error(f"{o.what[0]} is of the toy alone, and takes no options")
-    key = [(word, given[word]) for word in passed_on if word not in ("tasks", "limit")]    # what a training depends on
+    evaluation = [(word, given[word]) for word in passed_on if word in ("tasks", "limit")]
+    training = [(word, given[word]) for word in passed_on if word not in ("tasks", "limit")]
+    o.evaluation, of_training = (f"-{zlib.crc32(repr(key).encode()):08x}" if key else "" for key in (evaluation, training))
     o.version = source_version()
-    o.runs = ROOT / "out" / "paper" / (o.version + (f"-{zlib.crc32(repr(key).encode()):08x}" if key else ""))
+    o.runs = ROOT / "out" / "paper" / (o.version + of_training)
     o.jobs = o.jobs or (min(8, os.cpu_count() or 1) if o.toy else 1)
     o.out = Path(o.out or ROOT / "results" / ("" if o.toy else re.sub(r"[^\w.]+", "-", o.model)))
     o.dataset = o.dataset or ("toy" if o.toy else "imagenet")
@@ -264,7 +271,7 @@ def main():
         command = " ".join(["python paper.py", figure.__name__, *(f"--{word.replace('_', '-')} {given[word]}"
                                                                   for word in ("seeds", *passed_on))])
         said, warned = conditions(o, points.values())
-        write_section(o.out / "paper.md", figure.__name__, figure.__doc__, [f"`{command}`, {said}", "", *lines, "", *warned])
+        write_section(o, figure.__name__, figure.__doc__, [f"`{command}`, {said}", "", *lines, "", *warned])
         print("\n".join([f"## {figure.__doc__}", "", *lines, "", *warned]))
     if errors:
         sys.exit("\n".join(f"paper.py: {error}" for error in errors))

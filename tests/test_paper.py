@@ -1,4 +1,5 @@
 """paper.py and figures.py: which runs a figure is made of, what it makes of them, and what is not computed again."""
+import functools
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import paper
 import toyworld
 from data import load_task
 
+load_task = functools.cache(load_task)                  # 16,384 images are drawn once
 NAMES = [figure.__name__ for figure in figures.FIGURES]
 TASKS = [*toyworld.TASKS]
 
@@ -52,6 +54,7 @@ def command(tmp_path, monkeypatch, capsys):
                                                       f"PGD-40; linf ε = {config['eps']:g}/255; 1 start"}))
     monkeypatch.setattr(paper, "ROOT", tmp_path)
     monkeypatch.setattr(paper, "call", call)
+    monkeypatch.setattr(paper, "load_task", load_task)
     monkeypatch.setattr(toyworld, "pretrained_file", lambda seed: None)
 
     def run(*words, status=None):
@@ -83,7 +86,7 @@ def test_all_figures_of_two_seeds_and_nothing_twice(command, tmp_path):
     assert cells[0] == ["TeCoA", "50.0 ± 0.0", "15.0 ± 7.1", "50.0 ± 0.0", "90.0 ± 0.0"]      # 7.1: n − 1; 90 is not in it
     (attacks,) = (line for line in text.splitlines() if line.startswith("| TeCoA | 50.0 ± 0.0 | 17"))
     assert attacks.count("17.0 ± 7.1") == 4 and attacks.endswith("| 15.0 ± 7.1 |")       # PGD to APGD-T; then Square
-    assert "- warning: CLIP , seed 0, scans: odd" in text and "ε = 4, 8, 16/255" in text
+    assert "with a warning: 8 of 72, the first: CLIP, seed 0, scans: odd." in text and "ε = 4, 8, 16/255" in text
     trained = [m for m in made if m.startswith("train")]
     assert len(trained) == len({*trained}) == 2 * 25 and len({*made}) == len(made)
     assert sum("--interpolate" in m for m in made) == 2 * 3
@@ -178,7 +181,8 @@ def test_the_real_command_draws_a_figure(run, runs, tmp_path, read_json):
     assert "## Pseudo-labels" in done.stdout and "3 of 3 models" in done.stderr
     (folder,) = runs.glob(f"{paper.source_version()}-*")
     for point in ("clip", "loss-tecoa", "loss-tecoa-labels-pseudo"):
-        tasks = read_json(folder / f"{point}-seed0" / "eval" / "results.json")["tasks"]
+        (path,) = folder.glob(f"{point}-seed0/eval*/results.json")
+        tasks = read_json(path)["tasks"]
         assert "{clean:.1f} | {robust:.1f} | ".format(**tasks["digits"]) + f"{tasks['seen']['clean']:.1f}" in done.stdout
     with Image.open(tmp_path / "labels.png") as picture:
         assert picture.width > 400
@@ -190,7 +194,7 @@ def test_an_interrupt_stops_what_runs_and_what_waits(runs, tmp_path):
     process = subprocess.Popen([sys.executable, "paper.py", "losses", *REAL, "--jobs", "1", "--out", tmp_path], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     started = time.monotonic()
-    while not [*runs.glob(f"{paper.source_version()}-*/*/*log")] and time.monotonic() < started + 100:
+    while not [*runs.glob(f"{paper.source_version()}-*/clip-seed0/eval*/log")] and time.monotonic() < started + 100:
         time.sleep(.2)
     os.kill(process.pid, signal.SIGINT)                  # it alone, not its children
     _, err = process.communicate(timeout=60)

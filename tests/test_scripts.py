@@ -371,6 +371,14 @@ def test_the_command_lines_attack_is_not_blinded_by_confidence():
     assert by == 0 and not zero
 
 
+def test_the_readme_shows_the_loop_as_it_is():
+    """Each line of its excerpt stands in train_tecoa.py, in that order."""
+    (excerpt,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    source = iter([line.strip() for line in (ROOT / "train_tecoa.py").read_text().splitlines()])
+    for line in excerpt.splitlines():
+        assert line.strip() in source, line                # the iterator goes on from there
+
+
 def test_the_readmes_ten_line_fork_trains(run, tmp_path):
     """The diff in the README applies to the scripts as they are, and the loss that it adds trains."""
     (diff,) = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(), re.S)

@@ -48,7 +48,10 @@ def panels(kinds, robust_at, width):
 def save(figure, axes, path, columns):
     for kind, axis in axes.items():
         axis.set_ylim(0, 100 if kind == "clean" else None)
-    next(iter(axes.values())).legend(ncols=columns, frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1))
+    top = next(iter(axes.values()))
+    letters = sum(len(label) for label in top.get_legend_handles_labels()[1])
+    top.legend(ncols=columns if letters < 10 * figure.get_figwidth() else 2, frameon=False, fontsize=9, loc="lower left",
+               bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -192,7 +192,8 @@ def test_the_real_command_draws_a_figure(run, runs, tmp_path, read_json):
 
 def test_an_interrupt_stops_what_runs_and_what_waits(runs, tmp_path):
     process = subprocess.Popen([sys.executable, "paper.py", "losses", *REAL, "--jobs", "1", "--out", tmp_path], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a nohup's is ignored
     started = time.monotonic()
     while not [*runs.glob(f"{paper.source_version()}-*/clip-seed0/eval*/log")] and time.monotonic() < started + 100:
         time.sleep(.2)

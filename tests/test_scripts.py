@@ -122,8 +122,8 @@ def test_two_processes_make_the_update_of_one(run, tmp_path, loss):
 
 def test_the_update_is_that_of_an_independent_loop(run, tmp_path):
     """Four steps by hand: PGD on the cross-entropy's sign, then SGD with momentum under warm-up and cosine."""
-    run("train_tecoa.py", "--pretrained", "none", "--tasks", "none", "--limit", 128, "--batch-size", 64, "--max-steps", 4,
-        "--warmup", 2, "--lr", .02, "--eps", 6, "--steps", 2, "--step-size", 4, "--out", tmp_path)
+    run("train_tecoa.py", "--pretrained", "none", "--tasks", "none", "--limit", 128, "--batch-size", 64, "--epochs", 3,
+        "--max-steps", 4, "--warmup", 2, "--lr", .02, "--eps", 6, "--steps", 2, "--step-size", 4, "--out", tmp_path)
     clip, tokenizer = load_clip("toy", "none")
     names, template = toyworld.TASKS["seen"]
     with torch.no_grad():

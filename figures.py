@@ -132,7 +132,7 @@ def cell(values):
 
 
 def kinds(parts, task="mean"):
-    """{kind: [values of each part]}, as figures.py wants them."""
+    """{kind: [values of each part]}, as `bars` and `lines` want them."""
     return {kind: [part[task][kind] for part in parts] for kind in ("clean", "robust")}
 
 
@@ -150,10 +150,10 @@ def fig1(o):
                {kind: [found[label][task][kind] for task in tasks] for kind in ("clean", "robust")}) for label in rows]
     bars(o.out / "fig1.png", tasks, series, o.robust_at)
     text = ["", "| task | " + " | ".join(f"{label}: clean | robust" for label in rows) + " |",
-             "|---|" + "--:|" * 2 * len(rows)]
+            "|---|" + "--:|" * 2 * len(rows)]
     for task in tasks[:-1]:
         text.append(f"| {task} | " + " | ".join(cell(found[label][task][kind]) for label in rows
-                                                 for kind in ("clean", "robust")) + " |")
+                                                for kind in ("clean", "robust")) + " |")
     yield table(found) + text
 
 
@@ -172,16 +172,17 @@ def prompts(o):
     found = yield {"CLIP": CLIP, "border": Point("--loss tecoa --adapt image-prompt"), "tokens": Point(
         "--loss tecoa --adapt token-prompt"), "border and tokens": Point("--loss tecoa" + PROMPTS)}
     names = [*found][1:]
-    bars(o.out / "prompts.png", names, [("TeCoA", COLOURS["tecoa"], "//", kinds([found[n] for n in names]))],
-                 o.robust_at, clip=found["CLIP"]["mean"])
+    bars(o.out / "prompts.png", names, [("TeCoA", COLOURS["tecoa"], "//", kinds([found[n] for n in names]))], o.robust_at,
+         clip=found["CLIP"]["mean"])
     yield table(found, ("numbers trained", {n: f"{found[n]['trained']:,}" for n in names}))
 
 
 def labels(o):
     """Pseudo-labels: TeCoA with what the original CLIP takes the images for"""
     found = yield {"CLIP": CLIP, "true labels": TECOA, "pseudo-labels": Point("--loss tecoa --labels pseudo")}
-    bars(o.out / "labels.png", [*found][1:], [("TeCoA", COLOURS["tecoa"], "", kinds([found[n] for n in
-                 [*found][1:]]))], o.robust_at, clip=found["CLIP"]["mean"])
+    names = [*found][1:]
+    bars(o.out / "labels.png", names, [("TeCoA", COLOURS["tecoa"], "", kinds([found[n] for n in names]))], o.robust_at,
+         clip=found["CLIP"]["mean"])
     yield table(found)
 
 
@@ -238,7 +239,7 @@ def fig7(o):
     found = yield {f"α = {alpha:g}": CLIP if alpha == 0 else Point("--loss tecoa", f"--interpolate {alpha:g}" * (alpha != 1))
                    for alpha in alphas}
     trade_off(o.out / "fig7.png", {alpha: [part["mean"][kind] for kind in ("clean", "robust")]
-                                           for alpha, part in zip(alphas, found.values())}, o.robust_at)
+                                   for alpha, part in zip(alphas, found.values())}, o.robust_at)
     yield table(found)
 
 

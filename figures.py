@@ -1,7 +1,7 @@
 """The paper's figures and tables: of each which runs it is made of, and how it is drawn. paper.py makes the runs.
 
-A method has one colour in every figure; prompts are hatched or dashed. A value is an array with one number a seed: what is
-drawn is the mean, and the standard deviation over seeds where there are several.
+A method has one colour in every figure; prompts are hatched, or hollow points. A value is an array with one number a seed:
+what is drawn is the mean, and the standard deviation over seeds where there are several.
 """
 from typing import NamedTuple
 
@@ -80,7 +80,8 @@ def lines(path, label_x, series, robust_at, *, log=False, ticks=None, clip=None)
     for kind, axis in axes.items():
         for label, colour, style, xs, values in series:
             axis.errorbar(xs, [np.mean(v) for v in values[kind]], [spread(v) for v in values[kind]], color=colour,
-                          linestyle=style, marker="o", markersize=4, elinewidth=1, label=label)
+                          linestyle=style, marker="o", markersize=4, elinewidth=1, label=label,
+                          markerfacecolor="white" if style == "none" else colour)
         if clip:
             axis.axhline(np.mean(clip[kind]), color=COLOURS["CLIP"], linestyle="--", linewidth=1, label="CLIP")
         if log:
@@ -227,7 +228,7 @@ def fig6(o):
                                     "border, 5 tokens": Point("--loss tecoa" + PROMPTS)}
     found = yield {"CLIP": CLIP} | weights | visual
     series = [(label, COLOURS["tecoa"], style, [found[n]["trained"] for n in names], kinds([found[n] for n in names]))
-              for label, style, rows in (("weights", "-", weights), ("prompts", "--", visual))
+              for label, style, rows in (("weights", "-", weights), ("prompts", "none", visual))
               for names in [sorted(rows, key=lambda n: found[n]["trained"])]]
     lines(o.out / "fig6.png", "numbers adapted", series, o.robust_at, log=True, clip=found["CLIP"]["mean"])
     yield table(found, ("numbers trained", {n: f"{found[n]['trained']:,}" for n in [*found][1:]}))

@@ -4,6 +4,7 @@
     python bench.py --all                                  # all of it, on a GPU with its tests: under 8 minutes
     python bench.py --models ViT-B-16 --batch-sizes 64,256 --steps 10
     python bench.py --baseline authors                     # and their recipe, on the same device in the same run
+    python bench.py --soak                                 # 2,000 steps of the toy: does anything grow?
 
 Prints Markdown and writes it to results/bench-<device>.md after every row. Weights, pixels and labels are random: none of
 that changes the cost. A time is the median of --runs runs after two that are not counted, with the spread from the lowest
@@ -35,6 +36,7 @@ from kernels.random_start import random_start
 from measure import Operations, gflop, measure, without_data
 from model import ImageEncoder, image_size, load_clip
 from prompts import imagenet_class_names
+from soak import soak
 
 ROOT = Path(__file__).parent
 EPS = 1 / 255
@@ -304,6 +306,19 @@ def data_table(report, workers):
             report.row(name.split(":")[0], size, sorted(rates)[1], sorted(rates)[1] / workers)
 
 
+def soak_table(report, steps):
+    """Means over each quarter of a run of so many steps, as PyTorch is and compiled."""
+    report("", f"PyTorch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPU cores. The toy on "
+           "800 PNG files, batch 8, two workers that decode, a checkpoint every 100 steps. MiB: of the main process all "
+           "that it holds, of the workers together what they do not share with it.")
+    for compiled in (False, True) if kernels.COMPILER else (False,):
+        means, recompiled = soak(steps, compiled)
+        report.table(f"{steps:,} steps, {'compiled' if compiled else 'eager'}: {recompiled} recompilations",
+                     ["steps", *next(iter(means.values()))])
+        for share, row in means.items():
+            report.row(f"{(share - .25) * steps:,.0f}–{share * steps:,.0f}", *row.values())
+
+
 def numbers(text):
     values = [int(word) for word in text.split(",")]
     if min(values) < 1:
@@ -328,8 +343,13 @@ def main():
     parser.add_argument("--minutes", type=number(float, 0), default=5.5, help="start no further row of the steps after so "
                         "many (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="(default: results/bench-<device>.md with --all, else none)")
+    parser.add_argument("--soak", nargs="?", type=number(int, 40), const=2000, metavar="N", help="only this: memory, open "
+                        "files and compiled code over N toy steps on the CPU (default: no; N: 2000)")
     args = parser.parse_args()
     started = time.perf_counter()
+    if args.soak:
+        path = Path(args.out) if args.out else ROOT / "results" / "soak.md"
+        return soak_table(Report(path, f"# A long run: `python {' '.join(sys.argv)}`"), args.soak)
     try:
         models = [name for name in args.models.split(",") if image_size(name, "none")]
         device = torch.device(args.device)
@@ -377,8 +397,8 @@ def main():
         steps_table(report, device, rows, args.classes, peak, runs, started + 60 * args.minutes)
     if args.all and gpu:                            # last, and not for longer than there is
         try:
-            done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda"], cwd=ROOT, capture_output=True,
-                                  text=True, timeout=max(60, started + 465 - time.perf_counter()))
+            done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-o", "addopts="], cwd=ROOT,
+                                  capture_output=True, text=True, timeout=max(60, started + 465 - time.perf_counter()))
             report("", f"Tests on this GPU (`pytest -m cuda`): {done.stdout.strip().splitlines()[-1]}")
             print(done.stdout[-5000:] if done.returncode else "", flush=True)
         except subprocess.TimeoutExpired as late:

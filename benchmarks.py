@@ -57,7 +57,7 @@ BENCHMARKS = {
     "hateful-memes": Benchmark(None, "hateful_memes", None, {}, "a {}.", (),
                                "hatefulmemeschallenge.com, or kaggle.com/datasets/parthplc/facebook-hateful-meme-dataset"),
     "country211": Benchmark(datasets.Country211, "country211", TRAIN, TEST, "A photo I took in {}.", ("country211",))}
-NATIVE = "cifar10", "cifar100", "stl10"              # attacked at the data set's own resolution
+NATIVE = {"cifar10": 32, "cifar100": 32, "stl10": 96}                        # attacked at the data set's own resolution
 
 # Sets whose prompts are not made of class names: what torchvision, CLIP (hence the shards) and the paper call a class.
 OWN_WORDS = {
@@ -76,8 +76,9 @@ def _lines(path):
     return [line.strip() for line in path.read_text("utf-8").rstrip().splitlines()] if path.is_file() else []
 
 
-def open_shards(path, part, size):
-    """(Shards, class names, their own templates) of a folder by clip-benchmark, or of its folder of tars, test/.
+def open_shards(path, part, size, native=False):
+    """(Shards, class names, their own templates) of a folder by clip-benchmark, or of its folder of tars, test/. native: of
+    images that have that size.
 
     ValueError, in one line: no such folder or part, not shards, or some of them missing or damaged.
     """
@@ -96,7 +97,7 @@ def open_shards(path, part, size):
     expected = _lines(path / "nshards.txt")
     if expected and expected != [str(len(tars))]:
         raise ValueError(f"{path} holds {len(tars)} of {expected[0]} shards")
-    return Shards(tars, len(classes), size), classes, [line.replace("{c}", "{}") for line in templates if "{c}" in line]
+    return Shards(tars, size, native), classes, [line.replace("{c}", "{}") for line in templates if "{c}" in line]
 
 
 def find(name, data_root, part="val"):
@@ -206,9 +207,9 @@ def load_benchmark(name, part, *, size, data_root=None, templates="paper"):
     if where is None:
         folders = " or ".join([BENCHMARKS[name].folder, *(f"wds_{shards}" for shards in BENCHMARKS[name].shards)])
         raise ValueError(f"{name} is not under {data_root} as {folders}; get it with: {how_to_get(name, data_root)}")
-    size, own = None if name in NATIVE else size, []
+    own = []
     if where[1]:
-        images, classes, own = open_shards(where[0], part, size)
+        images, classes, own = open_shards(where[0], part, NATIVE.get(name, size), name in NATIVE)
     else:
         try:
             images, classes = _open_files(name, part, data_root, size)

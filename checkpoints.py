@@ -1,11 +1,13 @@
 """Checkpoints: writing ours, reading ours and other people's, putting one into a CLIP, exporting one for open_clip.
 
-Nothing in a file is ever executed: torch.load runs with weights_only=True.
+Nothing in a file is ever executed: torch.load runs with weights_only=True. Nothing damaged is ever taken for a model:
+the checksum of each of a file's parts is compared, which torch.load does not do.
 """
 import hashlib
 import json
 import os
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import open_clip
 import safetensors.torch
 import torch
 
-from model import are_openai_weights, refuse_openai_weights_without_quickgelu
+from model import are_openai_weights, refuse_damaged, refuse_openai_weights_without_quickgelu
 
 FORMAT = "tecoa-1"
 # where files of others keep the weights, best first; in the TeCoA authors' own, state_dict is the border instead
@@ -36,15 +38,54 @@ def save_checkpoint(path, clip, config, **more):
     """Write the image encoder and what is needed to use it again, as a plain dict that loads with weights_only=True.
 
     Keys: format, model, pretrained, text (the text encoder's fingerprint), config, visual (open_clip's `visual.*`
-    names → fp32 tensors), and `more`, such as prompts (of `ImageEncoder.prompts`). Written beside, then renamed: a killed
-    run leaves the old file or the new one.
+    names → fp32 tensors), and `more`, such as step, prompts (of `ImageEncoder.prompts`) and training (of resume.py).
+    Written beside, on the disk before it gets its name, and what had that name is kept as *-previous.pt: a killed run leaves
+    the old file or the new one, whole. A full disk costs the previous one first. Raises OSError if there is no room then.
     """
     visual = {name: tensor.detach().cpu() for name, tensor in clip.state_dict().items() if name.startswith("visual.")}
     checkpoint = {"format": FORMAT, "model": config["model"], "pretrained": config["pretrained"],
                   "text": text_fingerprint(clip), "config": config, "visual": visual, **more}
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    torch.save(checkpoint, temporary)
-    os.replace(temporary, path)
+    path, temporary = Path(path), Path(f"{path}.tmp")
+    previous = path.with_stem(f"{path.stem}-previous")
+
+    def write():
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+    try:
+        try:
+            write()
+        except (OSError, RuntimeError):                    # torch.save raises either when the disk is full
+            if not previous.exists():
+                raise
+            previous.unlink()
+            write()
+        if path.exists():
+            link = Path(f"{previous}.tmp")
+            link.unlink(missing_ok=True)
+            try:
+                os.link(path, link)                        # there is a file of this name at every moment
+                os.replace(link, previous)
+            except OSError:                                # a file system without links
+                os.replace(path, previous)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"cannot write {path}: {' '.join(str(error).split())[:200]} ({free / 1e6:,.1f} MB are free)") from None
+
+
+def sync_folder(folder):
+    """Have the names in a folder on the disk too, where the file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def export_clip(clip, name, folder, prompts=None):
@@ -96,6 +137,7 @@ def read_file(path):
             else "a web page" if head.lstrip().startswith(b"<") else None)
     if what:
         raise ValueError(f"{path} is not a checkpoint: it is {what}")
+    refuse_damaged(path)
     try:
         if head[8:9] == b"{":                                          # .safetensors: 8 bytes of length, then JSON
             return safetensors.torch.load_file(path)
@@ -104,8 +146,8 @@ def read_file(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                         # a damaged file fails in many ways
         wants = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"{path} is not a checkpoint that PyTorch can read (weights_only"
-                         + (f"; it asks for {wants[1]})" if wants else ")")) from None
+        how = f"weights_only; it asks for {wants[1]}" if wants else " ".join(str(error).split())[:100]
+        raise ValueError(f"{path} is damaged, or not a checkpoint that PyTorch can read ({how})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content
@@ -172,6 +214,10 @@ def read_checkpoint(path, model=None):
     """
     content = read_file(path)
     if content.get("format") == FORMAT and {"model", "pretrained", "config", "visual", "text"} <= content.keys():
+        kinds = {"model": str, "pretrained": str | None, "config": dict, "visual": dict, "text": str, "prompts": dict,
+                 "step": int, "training": dict}
+        wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
+        tensors_of(content["visual"] | content.get("prompts", {}) if not wrong else dict.fromkeys(wrong), path)
         return content
     sections = {key: content[key] for key in (*PLACES, "add_prompter") if isinstance(content.get(key), dict)}
     place = next((key for key in PLACES if any("conv1.weight" in str(name) for name in sections.get(key, {}))), None)

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import tempfile
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,6 +16,32 @@ import torch.distributed as dist
 import kernels
 
 RANK, WORLD, LOCAL = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))     # of torchrun --max-restarts, after a crash
+
+
+def end_in_one_line(kind, error, trace):
+    """sys.excepthook: what the machine or the user did ends in one line on stderr; a bug, in its traceback."""
+    where = traceback.extract_tb(trace)[-1:]
+    said = " ".join(str(error).split())[:300] or kind.__name__
+    if issubclass(kind, KeyboardInterrupt):
+        said = "interrupted"
+    elif "DataLoader worker" in said or kind.__name__ == "Unreadable":        # of images.py, or a worker that was killed
+        said = str(error).strip().splitlines()[-1]
+    elif issubclass(kind, torch.OutOfMemoryError | MemoryError):
+        said = f"out of memory: {said}; a smaller --batch-size needs less, in training --accumulate 2 as well"
+    elif WORLD > 1 and issubclass(kind, RuntimeError) and ("gloo" in said or "NCCL" in said):
+        said = f"lost another process: {said}"
+    elif issubclass(kind, OSError) and where:
+        said += f" ({Path(where[0].filename).name}:{where[0].lineno})"
+    else:
+        return sys.__excepthook__(kind, error, trace)
+    print(f"{Path(sys.argv[0]).name}{f' (process {RANK})' if RANK else ''}: {said}", file=sys.stderr, flush=True)
+
+
+sys.excepthook = end_in_one_line
+for stream in (sys.stdout, sys.stderr):                # a file's name may hold what the terminal's encoding cannot
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +53,14 @@ class Parser(argparse.ArgumentParser):
         self.by_model = {}
 
     def error(self, message):
-        self.exit(2, f"{self.prog}{f' (process {RANK})' if RANK else ''}: {message}\n")
+        line = "".join(c if c.isprintable() else " " for c in str(message))             # a path may hold anything
+        self.exit(2, f"{self.prog}{f' (process {RANK})' if RANK else ''}: {line}\n")
+
+    def words(self, config):
+        """The command line whose options are `config`, of a checkpoint: argparse shall check what a file says."""
+        flags = {word: f"--{'no-' * (value is False)}{word.replace('_', '-')}" for word, value in config.items()}
+        return [flag if isinstance(config[word], bool) else f"{flag}={config[word]}" for word, flag in flags.items()
+                if config[word] is not None and word != "out"]
 
     def option(self, group, flag, real, toy, help, **options):
         """Add an option to group whose default is `real`, or `toy` for the toy model; see `fill`."""
@@ -51,6 +86,12 @@ def number(kind, least, strict=False, most=2**31):
     return parse
 
 
+def cadence(text):
+    """An argparse type: a number of steps, or of minutes with an m."""
+    (number(float, 0, strict=True) if text.endswith("m") else number(int, 1))(text.removesuffix("m"))
+    return text
+
+
 def add_options(parser, *, steps, batch_size, dtypes, attack):
     """The options that both stages share; steps and batch_size are (default, default for the toy)."""
     group = parser.add_argument_group("model")
@@ -63,7 +104,7 @@ def add_options(parser, *, steps, batch_size, dtypes, attack):
     group.add_argument("--data-root", metavar="DIR", help="the folder with the data sets, as torchvision lays them out; or "
                        "with ImageNet's train/<class>/ and val/<class>/")
     group.add_argument("--limit", type=number(int, 1), metavar="N", help="use at most N images of each set")
-    group.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),
+    group.add_argument("--workers", type=number(int, 0, most=257), default=min(8, os.cpu_count() or 1),
                        help="processes that decode images (default: %(default)s)")
     group = parser.add_argument_group(f"attack {attack}")
     group.add_argument("--norm", choices=("linf", "l2"), help="of the ε-ball; l2 wants --eps (default: linf)")
@@ -108,9 +149,27 @@ def start_processes(parser, args):
     except ValueError as error:
         parser.error(str(error))
     if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=7))          # one process's images may stand attacks far longer
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD):        # one machine: torchrun's restarts are counted alike
+            store = dist.PrefixStore(f"start{RESTARTS}", store)     # and what killed processes left there stays theirs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=RANK,
+                                world_size=WORLD, timeout=timedelta(days=7))   # images of one may stand attacks far longer
     return device
+
+
+def end_processes():
+    """Part from the other processes, all at once: those that leave earlier may abort (gloo, now and then)."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def gathered(value):
+    """The value that each process has here, in all of them: a list, by rank."""
+    everyone = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def first_then_others(function):
@@ -142,7 +201,7 @@ def source_version():
     """A hash of every source that a result of the stages depends on."""
     root = Path(__file__).parent
     files = sorted([*root.glob("*.py"), *root.glob("kernels/*.py"), *root.glob("*_classes.txt"), root / "toy.json"])
-    files = [f for f in files if f.name not in ("paper.py", "figures.py", "crosscheck.py", "bench.py", "measure.py")]
+    files = [f for f in files if f.stem not in ("paper", "figures", "crosscheck", "bench", "measure", "soak")]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:8]
 
 
@@ -150,6 +209,14 @@ def environment(device):
     """Versions and hardware, for the record of a result."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     return {"python": platform.python_version(), "torch": torch.__version__, "hardware": hardware, "processes": WORLD}
+
+
+def read_json(path):
+    """What a file of `write_json` holds; None if there is none, or none that is whole."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def write_json(path, value):

@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -20,17 +21,17 @@ import numpy as np
 import PIL
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate
-from torchvision import datasets
 from tqdm import tqdm
 
 import toyworld
 from benchmarks import BENCHMARKS, TEMPLATE, find, how_to_get, load_benchmark, present
-from images import one_line, rgb, to_pixels
+from cache import FORMAT, RECORD, Cache, damaged, open_cache
+from images import Folder, Unreadable, printable, unreadable
 from prompts import imagenet_class_names, openai_templates
 
 TOY_TRAIN, TOY_TEST = 16384, 400                     # images drawn to adapt on, and per task to evaluate on
 TOY_ADAPTED = "seen"                                 # the one toy task to adapt on; the others are zero-shot
-CACHE_FORMAT = "TeCoA image cache 1"
+IN_A_ROW = 10                                        # images that cannot be read, until it is the disk that is gone
 
 
 class Task(NamedTuple):
@@ -39,53 +40,6 @@ class Task(NamedTuple):
     class_names: list
     template: str                                    # or a list of them, an ensemble
     source: str = ""                                 # where a named set was found
-
-
-class Folder(datasets.ImageFolder):
-    """PATH/<class>/<image>, whatever the images' modes: (uint8 [3, size, size], label, index).
-
-    ValueError, in one line: no such folder, not a folder of that kind, or an image (named) that cannot be decoded.
-    """
-
-    def __init__(self, path, size):
-        path = Path(path)
-        if not path.is_dir():
-            raise ValueError(f"no such folder: {path}")
-        try:
-            super().__init__(path, to_pixels(size), loader=rgb)
-        except FileNotFoundError as error:           # no class folders, or one without images
-            raise ValueError(f"{path} is not a folder of <class>/<image>: {one_line(error)}") from None
-
-    def __getitem__(self, index):
-        try:
-            return *super().__getitem__(index), index
-        except Exception as error:                   # each decoder has its own kind, and few of them name the file
-            raise ValueError(f"cannot decode {self.samples[index][0]}: {one_line(error)}") from None
-
-
-class Cache(Dataset):
-    """One part of a file by `python data.py cache`, with Folder's items: (uint8 [3, size, size], label, index).
-
-    ValueError, in one line: not a whole cache, made for another size, or without that part.
-    """
-
-    def __init__(self, path, part, size):
-        images, index = open_cache(path)
-        parts, counts = index["parts"].tolist(), index["counts"]
-        if index["size"] != size:
-            raise ValueError(f"{path} is of {index['size']} pixels, the model takes {size}: make one with --size {size}")
-        if part not in parts:
-            raise ValueError(f"{path} has no {part} images, only {' and '.join(parts)}")
-        start = counts[:parts.index(part)].sum()
-        mine = slice(start, start + counts[parts.index(part)])
-        self.images, self.labels = images[mine], index["labels"][mine]
-        self.class_names, self.template = index[f"{part}_class_names"].tolist(), str(index["template"])
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        return torch.from_numpy(np.array(self.images[index])), int(self.labels[index]), index
 
 
 def _image_root(name, data_root):
@@ -191,77 +145,70 @@ def image_numbers(task):
     return task.images.indices if isinstance(task.images, Subset) else range(len(task.images))
 
 
-class Tolerant(Dataset):
-    """A task's images; in place of one that cannot be read, its number and what is wrong, in a line."""
+class Readable(Dataset):
+    """The images of a task, with labels that it has a class for: item p is (uint8 [3,H,W], label, number), or what `bad` of
+    `batches` makes of it: that or None, and None or (number, error)."""
 
-    def __init__(self, task):
-        self.images, self.numbers = task.images, image_numbers(task)
+    def __init__(self, task, bad):
+        self.task, self.bad, self.numbers = task, bad, image_numbers(task)
 
     def __len__(self):
-        return len(self.images)
+        return len(self.numbers)
+
+    def read(self, position):
+        item, classes = self.task.images[position], len(self.task.class_names)
+        if not 0 <= int(item[1]) < classes:
+            number, images = self.numbers[position], getattr(self.task.images, "dataset", self.task.images)
+            where = images.where(number) if hasattr(images, "where") else f"image {number} of {self.task.name}"
+            raise unreadable(where, f"label {int(item[1])} of {classes} classes")
+        return item
 
     def __getitem__(self, position):
-        try:
-            return self.images[position]
-        except (ValueError, OSError) as error:
-            return self.numbers[position], " ".join(str(error).split())
+        if self.bad == "raise":
+            return self.read(position)
+        problem, tries = None, min(IN_A_ROW, len(self)) if self.bad == "replace" else 1
+        for other in range(position, position + tries):
+            try:
+                return self.read(other % len(self)), problem
+            except (ValueError, OSError) as error:
+                last = printable(error)
+                problem = problem or (self.numbers[position], last)
+        if self.bad == "replace":
+            raise Unreadable(f"{tries} images in a row cannot be read, the last: {last}")
+        return None, problem
 
 
-def collate_readable(items):
-    """[uint8 [B,3,H,W], labels [B], numbers [B], [(number, error), …]] of `Tolerant`'s items."""
-    readable, errors = ([item for item in items if len(item) == length] for length in (3, 2))
-    return [*(default_collate(readable) if readable else [torch.empty(0, dtype=torch.int64)] * 3), errors]
+def collate_readable(pairs):
+    """[uint8 [B,3,H,W], labels [B], numbers [B], [(number, error), …]] of `Readable`'s pairs."""
+    items, problems = ([value for value in values if value is not None] for values in zip(*pairs))
+    return [*(default_collate(items) if items else [torch.empty(0, dtype=torch.int64)] * 3), problems]
 
 
-def batches(task, order, batch_size, workers, tolerant=False):
-    """A DataLoader over the images of `task` in `order` (positions): uint8 [B,3,H,W], labels [B], image numbers [B].
+def leave_signals_to_the_parent(_):
+    """In a worker: Ctrl-C, and the SIGTERM of a scheduler or of torchrun, reach a whole group of processes, but what becomes
+    of the run is the main process's to say. It ends its workers by a message, or by a second SIGTERM, or with itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
-    An image that cannot be read raises ValueError; if tolerant, it is left out, and each batch has a fourth item: the
-    (number, error) of those. Workers are forked: they only decode, and any other way of starting them would run the
-    stage script again in each.
+
+def batches(task, order, batch_size, workers, bad="raise"):
+    """A DataLoader over the images of `task` in `order`: uint8 [B,3,H,W], labels [B], image numbers [B].
+
+    order: a list of positions, cut into batches; with batch_size None an iterable, perhaps a generator, of lists of
+    positions, one a batch. An image that cannot be read, or whose label is of no class, raises ValueError, in one line that
+    names it. bad="leave out": it is left out; "replace": the next image of the task that can be read stands in its place,
+    ValueError if IN_A_ROW cannot. With either, each batch has a fourth item, the (number, error) of those images.
+    Workers are forked: they only decode, and any other way of starting them would run the stage script again in each.
     """
-    slices = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    slices = order if batch_size is None else [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     in_memory = isinstance(task.images, TensorDataset) or isinstance(getattr(task.images, "dataset", 0), TensorDataset)
     workers = 0 if in_memory else workers
-    return DataLoader(Tolerant(task) if tolerant else task.images, batch_sampler=slices, num_workers=workers,
-                      pin_memory=torch.cuda.is_available(), multiprocessing_context="fork" if workers else None,
-                      collate_fn=collate_readable if tolerant else None)
+    return DataLoader(Readable(task, bad), batch_sampler=slices, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      multiprocessing_context="fork" if workers else None, worker_init_fn=leave_signals_to_the_parent,
+                      collate_fn=None if bad == "raise" else collate_readable)
 
 
 # ---------------------------------------------------------------------------------------------- decode once
-# FILE is a plain .npy of uint8 [N,3,S,S]; FILE.index.npz says what its images are, with a crc32 of each. While it is made,
-# FILE.tmp holds the images, and FILE.tmp.done one record per image: its crc32 and a fingerprint of the file it came from.
-RECORD = np.dtype([("crc32", "<u4"), ("source", "<u4")])
-
-
-def open_cache(path):
-    """(uint8 [N,3,S,S], mapped, not read; {name: array} of the index). ValueError, in one line: not a whole cache."""
-    if not os.path.isfile(path):
-        raise ValueError(f"no such file: {path}")
-    try:
-        with np.load(f"{path}.index.npz") as arrays:
-            index = dict(arrays)
-        if index.get("format") != CACHE_FORMAT:
-            raise ValueError("its index is of another format")
-        images, length = np.load(path, mmap_mode="r"), os.path.getsize(path)  # says so if it is too short
-        shape = len(index["labels"]), 3, int(index["size"]), int(index["size"])
-        if (images.dtype, images.shape, images.offset + images.nbytes) != (np.uint8, shape, length):
-            raise ValueError(f"its {length:,} bytes are not the uint8 {list(shape)} of its index")
-    except Exception as error:                       # NumPy and zip have a kind of their own for each damage
-        raise ValueError(f"{path} is not a whole cache: {' '.join(str(error).split())[:200]}") from None
-    return images, index
-
-
-def damaged(path, offset, index):
-    """Which images in the file do not have the crc32 of the index: (their numbers, how many and where in words)."""
-    with open(path, "rb") as file, tqdm(index["crc32"].tolist(), desc="verify", unit="image") as bar:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)        # read the disk, not what memory has of it
-        file.seek(offset)
-        bad = [i for i, crc32 in enumerate(bar) if zlib.crc32(file.read(3 * int(index["size"]) ** 2)) != crc32]
-    first = ", ".join(os.fsdecode(path) for path in index["paths"][bad[:5]])
-    return bad, f"{len(bad):,} of {len(index['labels']):,} images are damaged: {first}{', …' if len(bad) > 5 else ''}"
-
-
 def _sources(dataset, data_root, size):
     """(one Task over the images of all parts, train first; {name: array} for the index, with a fingerprint per image)."""
     if dataset != "imagenet" and not dataset.startswith("folder:"):
@@ -272,16 +219,17 @@ def _sources(dataset, data_root, size):
     tasks = [load_task(dataset, part, size=size, data_root=data_root) for part in parts]
     if not all(isinstance(task.images, Folder) for task in tasks):
         raise ValueError(f"{dataset} is there as shards: only folders can be cached")
-    files = [file for task in tasks for file in task.images.samples]
-    paths, made_of = [os.path.relpath(path, root) for path, _ in files], str(root.resolve())
+    labels, made_of = np.concatenate([task.images.labels for task in tasks]), str(root.resolve())
+    paths = [os.path.relpath(task.images.path(i), root) for task in tasks for i in range(len(task.images))]
     source = [zlib.crc32(os.fsencode(f"{made_of} {size} {name} {label} {stat.st_size} {stat.st_mtime_ns}"))
-              for name, (path, label) in zip(paths, files) for stat in [os.stat(path)]]
-    index = {"format": CACHE_FORMAT, "made_of": made_of, "made_with": f"Pillow {PIL.__version__}", "size": size,
+              for name, label in zip(paths, labels) for stat in [os.stat(root / name)]]
+    index = {"format": FORMAT, "made_of": made_of, "made_with": f"Pillow {PIL.__version__}", "size": size,
              "template": tasks[0].template, "parts": parts, "counts": [len(task.images) for task in tasks],
              **{f"{part}_class_names": task.class_names for part, task in zip(parts, tasks)},
-             "labels": [label for _, label in files], "paths": [os.fsencode(path) for path in paths],
+             "labels": labels, "paths": [os.fsencode(path) for path in paths],
              "source": np.array(source, RECORD["source"])}
-    everything = tasks[0]._replace(images=ConcatDataset([task.images for task in tasks]))
+    everything = tasks[0]._replace(images=ConcatDataset([task.images for task in tasks]),
+                                   class_names=max((task.class_names for task in tasks), key=len))
     return everything, {name: np.array(value) for name, value in index.items()}
 
 
@@ -345,7 +293,7 @@ def make_cache(dataset, out, *, size=224, data_root=None, workers=0):
     except BlockingIOError:
         raise ValueError(f"another process is writing {temporary}") from None
     except (ValueError, OSError, RuntimeError) as error:                     # a worker's is a traceback, ending in the error
-        problem = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        problem = str(error).strip().splitlines()[-1]
         sys.exit(f"data.py cache: {problem}; what is done is kept in {temporary} for the same command to go on from")
     marker.unlink()
     print(f"wrote {out} and {out}.index.npz, verified")

@@ -25,14 +25,15 @@ from tqdm import tqdm
 from adversary import ATTACKS, AUTOATTACK, attack_list, defined, predict, protocol, run_attacks
 from benchmarks import present
 from checkpoints import export_clip, load_visual, read_checkpoint
-from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, source_version,
-                 start_processes, writable_folder, write_json)
+from cli import (DTYPES, RANK, WORLD, Parser, add_options, end_processes, environment, first_then_others, gathered, number,
+                 source_version, start_processes, writable_folder, write_json)
 from data import batches, image_numbers, load_task, on_device, task_names
 from journal import lock, read_journal, save_adversarial, without_unsaved, write_journal
 from kernels.pgd_step import to_float
 from model import ImageEncoder, image_size, load_clip
 from prompts import encode_head
 from report import draw_examples, examples, full_table, summary
+from sampling import fingerprint
 
 EXTRA = ("country211",)                               # evaluated, but not one of the paper's sixteen: outside the mean
 PROBED, PROBE = 50, {"names": ["square"], "queries": 100, "restarts": 1}
@@ -71,7 +72,7 @@ def evaluate(encoder, head, scale, task, options, *, batch_size, workers=0, bar=
         """function's records of the images at these positions, shared by all processes; then those of all of them."""
         mine = []
         for x, y, index, errors in on_device(batches(task, positions[RANK::WORLD], max(1, batch_size // WORLD), workers,
-                                                     tolerant=True), head.device):
+                                                     bad="leave out"), head.device):
             records, tensors = function(x, y, index) if len(y) else ([], {})
             records += [{"image": image, "error": error} for image, error in errors]
             if keep is not None:
@@ -79,11 +80,7 @@ def evaluate(encoder, head, scale, task, options, *, batch_size, workers=0, bar=
             if bar is not None and function is attacked:
                 bar.update(len(records) * WORLD)
             mine += records
-        everyone = [mine]
-        if WORLD > 1:
-            everyone = [None] * WORLD
-            dist.all_gather_object(everyone, mine)
-        return [record for records in everyone for record in records]
+        return sum(gathered(mine), [])
 
     def attacked(x, y, index):
         return judge(encoder, head, scale, x, y, index, options)
@@ -141,10 +138,8 @@ def pseudo_labels(encoder, head, scale, task, workers=0):
     for x, y, index in tqdm(on_device(loader, head.device), desc="pseudo-labels", unit="batch", total=len(loader),
                             disable=RANK > 0):
         found.append(torch.stack([index, y, predict(encoder, head, scale, to_float(x))]).cpu())
-    encoder.dtype, everyone = precision, [torch.cat(found, 1)] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(everyone, everyone[0])
-    index, y, guessed = torch.cat(everyone, 1)
+    encoder.dtype = precision
+    index, y, guessed = torch.cat(gathered(torch.cat(found, 1)), 1)
     if RANK == 0:
         print(f"{100 * (guessed == y).float().mean():.1f} % of the pseudo-labels are the true ones", flush=True)
     return torch.zeros(int(index.max()) + 1, dtype=torch.int64).index_copy(0, index, guessed).to(head.device)
@@ -192,8 +187,7 @@ def main():
         print("\n| α | clean % | robust % |\n|--:|--:|--:|")
         for alpha, mean in means.items():
             print(f"| {alpha:g} | {mean['clean']:.1f} | {mean['robust']:.1f} |")
-    if WORLD > 1:
-        dist.destroy_process_group()
+    end_processes()
 
 
 def evaluate_command(parser, args, device, alpha):
@@ -265,11 +259,15 @@ def evaluate_command(parser, args, device, alpha):
             {"code": source_version(), "model": args.model, "pretrained": args.pretrained, **files, **options, "dtype":
              args.dtype, "templates": args.templates, "limit": args.limit, "interpolate": alpha,
              "data_root": args.data_root and str(Path(args.data_root).resolve())}))
-        done, counts = {}, {task.name: len(task.images) for task in tasks}
+        done, counts, made_of = {}, {task.name: len(task.images) for task in tasks}, {t.name: fingerprint(t) for t in tasks}
         if RANK == 0:
             writable_folder(out)
             locked = lock(out)
-            done = read_journal(out, identity)
+            done, known = read_journal(out, identity)
+            changed = [name for name in done if known.get(name) != made_of.get(name, known.get(name))]
+            if changed:
+                raise ValueError(f"the images of {', '.join(changed)} are not those that {out} was begun with: give another "
+                                 "--out, or delete it")
             if save_adv:
                 writable_folder(save_adv)
                 done |= {name: without_unsaved(save_adv, name, done.get(name, {}), identity) for name in counts}
@@ -281,7 +279,8 @@ def evaluate_command(parser, args, device, alpha):
     elsewhere = {name: records for name, records in done.items() if name not in counts}    # of tasks not asked for now
     shared = [{name: records for name, records in done.items() if name in counts}]
     if RANK == 0:
-        write_journal(out, identity, done)
+        made_of = known | made_of
+        write_journal(out, identity, made_of, done)
         (out / "results.json").unlink(missing_ok=True)                         # all of it is in the journal
         for word, how in missing.items():
             print(f"not evaluated: {word}: {how}")
@@ -323,7 +322,7 @@ def evaluate_command(parser, args, device, alpha):
     results = evaluate_tasks(encoder, heads, scale, tasks, options, label="evaluate", done=shared[0], keep=keep, after=after,
                              batch_size=args.batch_size, workers=args.workers)
     if RANK == 0:
-        write_journal(out, identity, elsewhere | finished)
+        write_journal(out, identity, made_of, elsewhere | finished)
         label = (args.ckpt or f"{args.model} {args.pretrained}") + f", α = {alpha:g}," * (alpha != 1)
         print(f"\n{label} under {protocol(options)}\n\n{full_table(results)}\n")
         for name in finished:

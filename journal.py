@@ -26,11 +26,12 @@ def lock(out):
 
 
 def read_journal(out, identity):
-    """{task: {number: record}} that an evaluation of this identity left in out/images*.jsonl, killed or finished.
+    """({task: {number: record}}, {task: fingerprint of its images}) that an evaluation of this identity left in
+    out/images*.jsonl, killed or finished.
 
     ValueError: an unfinished evaluation of something else is there, which writing here would destroy.
     """
-    done = {}
+    done, made_of = {}, {}
     for path in out.glob("images*.jsonl"):
         lines = []
         for line in path.read_text(errors="replace").splitlines():
@@ -38,7 +39,8 @@ def read_journal(out, identity):
                 lines.append(json.loads(line))
             except ValueError:                          # a killed run's last line may be half a one
                 continue
-        if lines and lines[0] == {"evaluation": identity}:
+        if lines and lines[0].get("evaluation") == identity:
+            made_of |= lines[0].get("made_of", {})
             for record in lines[1:]:
                 images = done.setdefault(record.pop("task"), {})
                 images[record["image"]] = images.get(record["image"], {}) | record
@@ -47,12 +49,14 @@ def read_journal(out, identity):
             if not results.exists() or "unfinished" in json.loads(results.read_text()):
                 raise ValueError(f"{out} holds an unfinished evaluation of something else: give another --out, or delete it")
     return {task: {image: record for image, record in records.items() if "error" not in record}  # may be readable now
-            for task, records in done.items()}
+            for task, records in done.items()}, made_of
 
 
-def write_journal(out, identity, done):
-    """Make out/images.jsonl hold exactly `done`, {task: {number: record}}; and remove what other processes wrote beside."""
-    lines = [{"evaluation": identity}, *({"task": task, **record} for task in done for record in done[task].values())]
+def write_journal(out, identity, made_of, done):
+    """Make out/images.jsonl hold exactly `made_of` and `done`, as `read_journal` gives them; and remove what other processes
+    wrote beside."""
+    records = [{"task": task, **record} for task in done for record in done[task].values()]
+    lines = [{"evaluation": identity, "made_of": made_of}, *records]
     temporary = out / "images.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     temporary.replace(out / "images.jsonl")

@@ -1,7 +1,10 @@
 """CLIP: loading one, the differentiable path from pixels to features, and which of its numbers an adaptation trains."""
+import functools
 import logging
 import math
+import os
 import re
+import zipfile
 from pathlib import Path
 
 import open_clip
@@ -13,6 +16,22 @@ from torch import nn
 import toyworld
 
 
+@functools.cache
+def say_source(name, pretrained):
+    """Print, once, where open_clip takes what is not in the repository: weights, and some models' tokenizer."""
+    if name.startswith("hf-hub:"):
+        places = [f"huggingface.co/{name.removeprefix('hf-hub:')}"]
+    else:
+        source = open_clip.get_pretrained_cfg(name, pretrained) if pretrained in (
+            open_clip.list_pretrained_tags_by_model(name)) else {}
+        tokenizer = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
+        places = [f"huggingface.co/{source['hf_hub'].strip('/')}" if source.get("hf_hub") else source.get("url"),
+                  tokenizer and f"huggingface.co/{tokenizer} (tokenizer)"]
+    if any(places) and os.environ.get("RANK", "0") == "0":
+        print(f"{name} {pretrained or ''} is from {' and '.join(filter(None, places))}, or its copy in the cache",
+              flush=True)
+
+
 def image_size(name, pretrained=None):
     """The resolution of a CLIP in pixels; nothing is loaded yet, but the names are checked: ValueError.
 
@@ -22,7 +41,7 @@ def image_size(name, pretrained=None):
     if name == "toy":
         toyworld.register()
         known = ["seed0, seed1, …"]
-        found = pretrained is None or toyworld.seed_of(pretrained) is not None
+        found = pretrained is None or re.fullmatch(r"seed[0-9]{1,10}", pretrained)
     elif name.startswith("hf-hub:"):
         if pretrained:
             raise ValueError(f"--pretrained {pretrained}: an hf-hub: model brings its own weights")
@@ -42,10 +61,26 @@ def image_size(name, pretrained=None):
     if not (found or pretrained == "none" or pretrained and Path(pretrained).is_file()):
         raise ValueError(f"--pretrained {pretrained} for --model {name}: expected a file, none (random weights) or one of "
                          + ", ".join(known))
+    if name != "toy":
+        say_source(name, pretrained)
     try:
         return open_clip.get_model_config(name)["vision_cfg"]["image_size"]
     except Exception as error:                                         # only a hub, whose client raises many kinds
         raise ValueError(f"cannot reach --model {name}: {' '.join(str(error).split())[:200]}") from None
+
+
+def refuse_damaged(path):
+    """ValueError if a file of PyTorch's, a zip, is cut short or a part has not its checksum: torch.load looks at none."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return
+    try:
+        with zipfile.ZipFile(path) as parts:
+            bad = parts.testzip()
+    except Exception as error:                                         # zipfile raises many kinds
+        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:100]}") from None
+    if bad:
+        raise ValueError(f"{path} is damaged: its part {bad} does not have its checksum")
 
 
 def load_clip(name, pretrained=None, device="cpu", seed=0):
@@ -59,6 +94,8 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
     image_size(name, pretrained)
     if name == "toy" and not (pretrained == "none" or pretrained and Path(pretrained).is_file()):
         pretrained = str(toyworld.pretrained_file(seed if pretrained is None else toyworld.seed_of(pretrained)))
+    if pretrained and Path(pretrained).is_file():
+        refuse_damaged(pretrained)
     torch.manual_seed(seed)                                            # for random weights
     logging.disable()                                                  # open_clip's own account of what it does
     try:

@@ -83,7 +83,7 @@ def compute(o, seed, train, evaluations, advance):
     training, points = to_do(o, seed, train, evaluations)
     base, _ = folder(o, Point(train), seed)
     if training:
-        call(o, "train_tecoa.py", ["--tasks", "none", "--out", str(base), "--seed", str(seed), *o.model_words,
+        call(o, "train_tecoa.py", ["--resume", "--tasks", "none", "--out", str(base), "--seed", str(seed), *o.model_words,
                                    *o.train_words, *train.split()], base / "train.log")
         advance(TRAINING)
     for point in points:

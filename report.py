@@ -107,7 +107,7 @@ def examples(encoder, heads, scale, tasks, options, *, chosen=None):
         places = [(task, [example["position"]]) for example in chosen for task in tasks if task.name == example["task"]]
     for task, positions in places:
         head = heads[task.name]
-        x, y, index, _ = next(on_device(batches(task, list(positions), 32, 0, tolerant=True), head.device))
+        x, y, index, _ = next(on_device(batches(task, list(positions), 32, 0, bad="leave out"), head.device))
         if len(y) == 0:
             continue                                    # none of these can be read
         clean = predict(encoder, head, scale, to_float(x))
@@ -154,3 +154,15 @@ def draw_examples(path, rows, eps):
         axes[2 + 2 * r, 0].set_ylabel(f"{label}, ε = {eps:g}/255", fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def at_chance(rows, warmup, batch_size, classes):
+    """Whether the last hundred steps in a log, all after the warm-up, are at chance: they recognise no more attacked images
+    than 1/classes, by three standard deviations."""
+    last = rows[-1]["step"] if rows else 0
+    steps = [warmup, *(row["step"] for row in rows)]
+    recent = [(row["robust"] / 100, row["step"] - before) for before, row in zip(steps, rows)
+              if "robust" in row and row["step"] > max(warmup, last - 100)]
+    n = batch_size * sum(count for _, count in recent)
+    return (last >= warmup + 100 and
+            batch_size * sum(share * count for share, count in recent) <= n / classes + 3 * math.sqrt(n / classes))

@@ -5,12 +5,14 @@
     python train_tecoa.py --adapt image-prompt,token-prompt        # train visual prompts, leave CLIP as it is
     torchrun --nproc_per_node=8 train_tecoa.py --model ViT-B-32-quickgelu --pretrained openai \\
         --dataset imagenet --data-root DIR       # the paper's recipe
+    python train_tecoa.py --resume out/RUN       # go on with a run that was killed, to the bits it would have ended with
 
-Writes out/<run>/: ckpt.pt, log.jsonl, results.json (after), results_before.json and examples.png.
+Writes out/<run>/: ckpt.pt and ckpt-previous.pt, log.jsonl, results.json (after), results_before.json and examples.png.
+Ends with status 0; 2 if it cannot start; 143 or 130 if SIGTERM or SIGINT stopped it, saved; 1 for what else stopped it.
 """
 import copy
-import json
 import math
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -25,16 +27,17 @@ from tqdm import tqdm
 
 from attacks import image_keys, pgd
 from checkpoints import save_checkpoint
-from cli import (DTYPES, RANK, WORLD, Parser, add_options, environment, first_then_others, number, start_processes,
-                 writable_folder, write_json)
+from cli import (DTYPES, RANK, WORLD, Parser, add_options, cadence, end_processes, environment, first_then_others, gathered,
+                 number, read_json, start_processes, writable_folder, write_json)
 from data import batches, load_task, on_device, task_names
 from eval_zeroshot import evaluate_tasks, pseudo_labels
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, cosine_logits, log_odds
 from kernels.pgd_step import to_float
 from model import ADAPTATIONS, ImageEncoder, adapt, image_size, load_clip, parts_of
 from prompts import encode_head
-from report import draw_examples, examples, markdown_table
-from sampling import few_shots, random_view
+from report import at_chance, draw_examples, examples, markdown_table
+from resume import catch_signals, claim_folder, parse_resumable, restore, save_run, wishes
+from sampling import few_shots, fingerprint, random_view, training_order
 
 # ---------------------------------------------------------------------------------------------- options
 parser = Parser(prog="train_tecoa.py", description=__doc__)
@@ -55,7 +58,7 @@ group.add_argument("--adapt", default="full", help="what trains. full: the image
 group.add_argument("--last-blocks", type=number(int, 1), metavar="N", help="of --adapt partial (default: 2)")
 group.add_argument("--border", type=number(int, 1), metavar="P", help="width of the image prompt in the model's pixels "
                    "(default: 30 of 224, in proportion; toy: 4)")
-group.add_argument("--tokens", type=number(int, 1), metavar="L", help="of the token prompt (default: 5)")
+group.add_argument("--tokens", type=number(int, 1, most=4097), metavar="L", help="of the token prompt (default: 5)")
 group.add_argument("--accumulate", type=number(int, 1), default=1, metavar="N", help="split each step's batch into N parts, "
                    "one after the other, to save memory (default: %(default)s)")
 parser.option(group, "--epochs", 10, 2, "passes over the data set", type=number(int, 1))
@@ -65,7 +68,13 @@ parser.option(group, "--lr", 1e-5, 7e-3, "peak learning rate of SGD; prompts: 40
 parser.option(group, "--warmup", 1000, 25, "steps of linear warm-up, before the cosine to 0", type=number(int, 0))
 group.add_argument("--eval-steps", type=number(int, 1), default=40, help="PGD steps, of ε/4, for the two tables "
                    "(default: %(default)s)")
-args = parser.parse_args()
+group.add_argument("--save-every", type=cadence, default="5m", metavar="N|Nm", help="write ckpt.pt every N steps, or "
+                   "every N minutes; and at the end (default: %(default)s)")
+group.add_argument("--max-nonfinite", type=number(int, 1), default=1, metavar="N", help="stop at the N-th step of which the "
+                   "loss or gradient is not finite; such steps change nothing (default: %(default)s)")
+group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with the run in this folder, or from "
+                   "its checkpoint; alone: with the run of this command line, if there is one (default: a new run)")
+args, checkpoint, again = parse_resumable(parser)
 args.model, args.norm = args.model or "toy", args.norm or "linf"
 if args.norm == "l2" and args.eps is None:
     parser.error("--norm l2 needs --eps, in 1/255")
@@ -121,8 +130,18 @@ try:
         raise ValueError(f"--adapt linear: the image encoder of {args.model} has no proj")
     if "partial" in methods and args.last_blocks > len(clip.visual.transformer.resblocks):
         raise ValueError(f"--last-blocks {args.last_blocks}: {args.model} has {len(clip.visual.transformer.resblocks)}")
+    made_of = fingerprint(train)
+    checkpoint, log = claim_folder(out, vars(args), checkpoint, again, made_of)
+    if RANK == 0 and not checkpoint:                                       # from here on there is something to go on from
+        save_checkpoint(out / "ckpt.pt", clip, vars(args), step=0, training={})
 except (ValueError, OSError) as error:
     parser.error(str(error))
+step, state = (checkpoint["step"], checkpoint["training"]) if checkpoint else (0, {})
+per_epoch = len(train.images) // args.batch_size                           # the ragged last batch is left out
+schedule_steps = args.epochs * per_epoch
+first, total = step, min(schedule_steps, args.max_steps or schedule_steps)
+if checkpoint and step >= total and (out / "results.json").exists():
+    sys.exit(print(f"{out} is finished, after step {step:,}: nothing to go on with"))
 
 encoder = ImageEncoder(clip, DTYPES[args.dtype])                           # F_θ: x [B,3,H,W] → z [B,D]
 scale = clip.logit_scale.exp().item()                                      # 1/τ, never trained
@@ -131,15 +150,17 @@ heads = {task.name: encode_head(clip, tokenizer, task.class_names, task.template
 
 
 # ---------------------------------------------------------------------------------------------- tables before and after
-def zero_shot_results(label):
-    """Clean and robust accuracy on the zero-shot tasks and on held-out images of the task adapted on; and pictures."""
+def zero_shot_results(label, results=None):
+    """Clean and robust accuracy on the zero-shot tasks and on held-out images of the task adapted on, unless they are known;
+    and pictures."""
     precision, encoder.dtype = encoder.dtype, torch.float32                # what is reported comes from an fp32 forward
     attack = {"names": ["pgd"], "eps": args.eps, "steps": args.eval_steps, "step_size": args.eps / 4,
               "norm": args.norm, "seed": args.seed}
-    results, adapted = (evaluate_tasks(encoder, heads, scale, part, attack, label=label, batch_size=256,
-                                       workers=args.workers, probe=False) for part in (tasks, held_out))
-    if held_out:
-        results["adapted"] = adapted["tasks"]
+    if results is None:
+        results, adapted = (evaluate_tasks(encoder, heads, scale, part, attack, label=label, batch_size=256,
+                                           workers=args.workers, probe=False) for part in (tasks, held_out))
+        if held_out:
+            results["adapted"] = adapted["tasks"]
     pictures = examples(encoder, heads, scale, tasks, attack, chosen=before_pictures) if RANK == 0 else []
     encoder.dtype = precision
     return results, pictures
@@ -149,10 +170,9 @@ if RANK == 0:
     print(f"{args.model} {args.pretrained or ''} on {device}, {WORLD} process(es). Adapting on {train.name}: "
           f"{len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, PGD-{args.steps}, {args.norm} "
           f"ε = {args.eps:g}/255.", flush=True)
-    for name in ("ckpt.pt", "results.json", "results_before.json", "examples.png"):    # of an earlier run
-        (out / name).unlink(missing_ok=True)
 before_pictures = None
-before, before_pictures = zero_shot_results("CLIP")
+(known, *_) = gathered(read_json(out / "results_before.json") if checkpoint and RANK == 0 else None)
+before, before_pictures = zero_shot_results("CLIP", known)
 if RANK == 0:
     if tasks:
         print("\n" + markdown_table({"CLIP": before}, before.get("adapted", ())) + "\n")
@@ -160,7 +180,8 @@ if RANK == 0:
 
 # ---------------------------------------------------------------------------------------------- loss
 original = copy.deepcopy(encoder) if args.loss in ("fare", "pmg") else None                  # frozen, as encoder still is
-pseudo = pseudo_labels(encoder, head, scale, train, args.workers) if args.labels == "pseudo" else None
+pseudo = state["pseudo"].to(device) if "pseudo" in state else (
+    pseudo_labels(encoder, head, scale, train, args.workers) if args.labels == "pseudo" else None)
 # Each loss says what the update minimises, `loss_fn`, and what its attack ascends, `attacked`: both [B], from z = net(x) and
 # y, which is `targets(x, y, keys)`: the labels, unless a loss replaces them, once per batch and without a gradient.
 # The attack maximises the same loss, but follows its log-odds (kernels/contrastive_loss.py says why). `loss_fn` also
@@ -261,6 +282,10 @@ trained |= readout
 for p in trained.values():
     p.requires_grad_(True)
 optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=.9, fused=True)
+for p in trained.values():                                                 # SGD's own start, were step 1 not left out
+    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+if step:
+    restore(checkpoint, clip, trained, optimizer)
 ddp = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None) if WORLD > 1 else net
 if RANK == 0:
     print(f"--adapt {args.adapt} trains {sum(p.numel() for p in trained.values()):,} numbers: {parts_of(trained)}"
@@ -282,89 +307,148 @@ if args.compile:
     attack_loss, update_loss, targets = map(torch.compile, (attack_loss, update_loss, targets))
 
 # ---------------------------------------------------------------------------------------------- training loop
-per_epoch = len(train.images) // args.batch_size                           # the ragged last batch is left out
-schedule_steps = args.epochs * per_epoch
-total = min(schedule_steps, args.max_steps or schedule_steps)
-log = open(out / "log.jsonl", "w") if RANK == 0 else None
-bar = tqdm(total=total, desc=f"{args.loss} on {train.name}", unit="step", disable=RANK > 0)
-torch.set_float32_matmul_precision("high")                                # TF32 is fine to train with, not to report with
-step, since, seen, sums = 0, time.perf_counter(), 0, torch.zeros(2, device=device)   # since the last line of the log
-for epoch in range(args.epochs):
-    gen = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(train.images), generator=gen)[:per_epoch * args.batch_size]
-    mine = order.view(per_epoch, args.batch_size)[:, RANK::WORLD].flatten().tolist()
-    loader = batches(train, mine, args.batch_size // (WORLD * args.accumulate), args.workers)
-    for part, (x, y, index) in enumerate(on_device(loader, device), 1):
-        keys, label = image_keys(args.seed, epoch, index), y if pseudo is None else pseudo[index]
-        with torch.no_grad():
-            y = targets(x, label, keys)
-        if x.shape[-2:] == encoder.visual.image_size:                      # uint8 → [B,h·w,3·p·p], for all of the step
-            x = encoder.patchify(x)
-        warm = step < args.warmup                                          # linear warm-up, then cosine to 0
-        schedule = ((step + 1) / args.warmup if warm else
-                    (1 + math.cos(math.pi * (step - args.warmup) / (schedule_steps - args.warmup))) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule * group["peak"]
+bar = tqdm(total=total, initial=step, desc=f"{args.loss} on {train.name}", unit="step", disable=RANK > 0)
 
-        # 1. attack: x_adv = argmax over ‖δ‖ ≤ ε of the loss, weights frozen, gradient to the pixels alone
-        net.requires_grad_(False)
-        x_adv = pgd(attack_loss, x, y, eps=args.eps / 255, steps=args.steps, step_size=args.step_size / 255, norm=args.norm,
-                    keys=keys)
-        for p in trained.values():
-            p.requires_grad_(True)
 
-        # 2. update: minimise the loss on the adversarial images alone
-        last = part % args.accumulate == 0                                 # only then do processes share their gradients
-        with nullcontext() if last or WORLD == 1 else ddp.no_sync():
-            losses, predicted = update_loss(x_adv, y, x)
-            (losses.mean() / args.accumulate).backward()
-        sums += torch.stack([losses.detach().sum(), (predicted == label).sum()])
-        if not last:
-            continue
-        if step == 0:
-            wrong = [name for name, p in [*net.named_parameters(), *clip.named_parameters(), *trained.items()]
-                     if (p.grad is not None) != any(p is q for q in trained.values())]
-            if wrong:
-                raise RuntimeError(f"meant to train but without a gradient, or the other way round: {wrong}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+def warn(text):
+    bar.write(f"warning: {text}", file=sys.stderr)
 
-        step, seen = step + 1, seen + args.batch_size
-        bar.update()
-        if step % 10 == 0 or step % per_epoch == 0 or step == total:
-            if WORLD > 1:
-                dist.all_reduce(sums)
-            loss, accuracy = (sums / seen).tolist()                        # the one place where the GPU is waited for
-            rate = seen / (time.perf_counter() - since)
-            since, seen = time.perf_counter(), 0
-            sums.zero_()
-            bar.set_postfix(loss=f"{loss:.3f}", robust=f"{100 * accuracy:.1f}%", images_per_s=f"{rate:.0f}")
-            if RANK == 0:
-                print(json.dumps({"step": step, "epoch": epoch, "loss": loss, "robust": 100 * accuracy,
-                                  "lr": schedule * args.lr, "images_per_s": round(rate, 1)}), file=log, flush=True)
-            if not math.isfinite(loss):
-                sys.exit(f"{parser.prog}: the loss is {loss} at step {step}; try a smaller --lr")
-        if step == total:
-            break
+
+def stop(text, status=1):
+    """End this process; the first one says why, in a line."""
+    bar.close()
     if RANK == 0:
-        prompts = encoder.prompts()
-        save_checkpoint(out / "ckpt.pt", clip, vars(args), step=step, **({"prompts": prompts} if prompts else {}))
-    if step == total:
-        break
+        print(f"{parser.prog}: {text}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def look_for_nonfinite():
+    """Log the steps since the last call that were left out, and their images; the --max-nonfinite-th ends the run."""
+    global skipped
+    finite = torch.stack([flag for _, flag, _ in fresh]).tolist() if fresh else []       # the GPU is waited for
+    for done, index in ((done, index) for (done, _, index), fine in zip(fresh, finite) if not fine):
+        skipped += 1
+        images = sorted(sum(gathered(torch.cat(index).tolist()), []))
+        log.write({"step": done, "epoch": (done - 1) // per_epoch, "nonfinite": images})
+        said = f"step {done} is left out, its loss or gradient is not finite; its images are in {out}/log.jsonl"
+        if skipped >= args.max_nonfinite:
+            stop(f"stopped: {said}; ckpt.pt is from before. Is --lr too large, or --warmup too short?")
+        warn(said)
+    fresh.clear()
+
+
+def save():
+    """Put on the disk all that the run goes on from; ends it if that cannot be done."""
+    look_for_nonfinite()
+    more = {"data": made_of, "window": gathered(sums.tolist()), "skipped": skipped}
+    if RANK == 0:
+        try:
+            save_run(out, clip, vars(args), log, step, trained, optimizer, encoder.prompts(),
+                     **more | ({} if pseudo is None else {"pseudo": pseudo.cpu()}))
+        except OSError as error:
+            stop(f"stopped after step {step}: {error}; what was saved before is whole: make room, then --resume {out}")
+
+
+restore_signals = catch_signals()
+torch.set_float32_matmul_precision("high")                                # TF32 is fine to train with, not to report with
+# sums since the last line of the log, and of a step: loss, right, images. A resumed run's are in `window`, by process
+window, skipped = state.get("window", []), state.get("skipped", 0)
+own = window[RANK] if len(window) == WORLD else [sum(c) for c in zip(*window)] if window and RANK == 0 else [0.] * 3
+sums, step_sums = torch.tensor([own, [0.] * 3], device=device)
+fresh, index_of_step, seen, warned, since = [], [], 0, False, time.perf_counter()
+saved = since
+order = training_order(len(train.images), args.batch_size, args.accumulate, args.seed, range(first, total))
+loader = batches(train, order, None, args.workers, bad="replace")
+for part, (x, y, index, errors) in enumerate(on_device(loader, device), 1):
+    for image, error in errors:
+        warn(f"image {image} is left out, the next one stands in: {error}")
+    epoch = step // per_epoch
+    keys, label = image_keys(args.seed, epoch, index), y if pseudo is None else pseudo[index]
+    with torch.no_grad():
+        y = targets(x, label, keys)
+    if x.shape[-2:] == encoder.visual.image_size:                          # uint8 → [B,h·w,3·p·p], for all of the step
+        x = encoder.patchify(x)
+    warm = step < args.warmup                                              # linear warm-up, then cosine to 0
+    schedule = ((step + 1) / args.warmup if warm else
+                (1 + math.cos(math.pi * (step - args.warmup) / (schedule_steps - args.warmup))) / 2)
+    for group in optimizer.param_groups:
+        group["lr"] = schedule * group["peak"]
+
+    # 1. attack: x_adv = argmax over ‖δ‖ ≤ ε of the loss, weights frozen, gradient to the pixels alone
+    net.requires_grad_(False)
+    x_adv = pgd(attack_loss, x, y, eps=args.eps / 255, steps=args.steps, step_size=args.step_size / 255, norm=args.norm,
+                keys=keys)
+    for p in trained.values():
+        p.requires_grad_(True)
+
+    # 2. update: minimise the loss on the adversarial images alone
+    if WORLD > 1 and part == 1:                                            # DDP's first backward sets its order of sums: be
+        update_loss(x_adv, y, x)[0].mean().backward()                      # done with that, so that resuming changes nothing
+        net.zero_grad()
+    last = part % args.accumulate == 0                                     # only then do processes share their gradients
+    with nullcontext() if last or WORLD == 1 else ddp.no_sync():
+        losses, predicted = update_loss(x_adv, y, x)
+        (losses.mean() / args.accumulate).backward()
+    step_sums += torch.stack([losses.detach().sum(), (predicted == label).sum(), losses.new_full((), len(x))])
+    index_of_step.append(index)
+    if not last:
+        continue
+    if step == first:
+        wrong = [name for name, p in [*net.named_parameters(), *clip.named_parameters(), *trained.items()]
+                 if (p.grad is not None) != any(p is q for q in trained.values())]
+        if wrong:
+            raise RuntimeError(f"meant to train but without a gradient, or the other way round: {wrong}")
+    norm = nn.utils.get_total_norm([p.grad for p in trained.values()])
+    finite = torch.stack([norm, step_sums[0]]).isfinite().all().float()
+    if WORLD > 1:
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    optimizer.found_inf = 1 - finite                                       # then step() does nothing, and nobody has to wait
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    step, seen = step + 1, seen + args.batch_size
+    sums += step_sums.where(finite > 0, 0)
+    fresh.append((step, finite, index_of_step))
+    index_of_step, step_sums = [], torch.zeros_like(sums)
+    bar.update()
+    if step % 10 == 0 or step % per_epoch == 0 or step == total:
+        look_for_nonfinite()
+        if WORLD > 1:
+            dist.all_reduce(sums)
+        loss, accuracy, count = sums.tolist()
+        if count:
+            rate = seen / (time.perf_counter() - since)
+            bar.set_postfix(loss=f"{loss / count:.3f}", robust=f"{100 * accuracy / count:.1f}%", images_per_s=f"{rate:.0f}")
+            log.write({"step": step, "epoch": epoch, "loss": loss / count, "robust": 100 * accuracy / count,
+                       "lr": schedule * args.lr, "images_per_s": round(rate, 1)})
+            if not warned and at_chance(log.rows, args.warmup, args.batch_size, len(head)):
+                warned = True
+                warn(f"accuracy on attacked images at chance ({100 / len(head):.2g} %) for 100 steps: is --lr or --eps too "
+                     "large?")
+        since, seen = time.perf_counter(), 0
+        sums.zero_()
+    due, signalled = wishes(step, args.save_every, saved)
+    if due or signalled or step == total:
+        save()
+        saved = time.perf_counter()
+    if signalled:
+        end_processes()
+        name = signal.Signals(signalled).name
+        stop(f"{name} after step {step} of {total}, saved; go on with --resume {out}", 128 + signalled)
 bar.close()
+restore_signals()
 
 # ---------------------------------------------------------------------------------------------- after
 net.requires_grad_(False)
 torch.set_float32_matmul_precision("highest")
 after, after_pictures = zero_shot_results(args.loss)
 if RANK == 0:
-    trained_numbers = sum(p.numel() for p in trained.values())
-    write_json(out / "results.json", {"config": vars(args) | environment(device), "trained": trained_numbers, **after})
+    if before_pictures:
+        draw_examples(out / "examples.png", {"CLIP": before_pictures, args.loss: after_pictures}, args.eps)
+    facts = {"config": vars(args) | environment(device), "trained": sum(p.numel() for p in trained.values())}
+    write_json(out / "results.json", facts | ({"skipped": skipped} if skipped else {}) | after)  # last: then the run is over
     if tasks:
         print(f"\nPGD-{args.eval_steps}, {args.norm} ε = {args.eps:g}/255\n")
         print(markdown_table({"CLIP": before, args.loss: after}, after.get("adapted", ())))
-    if before_pictures:
-        draw_examples(out / "examples.png", {"CLIP": before_pictures, args.loss: after_pictures}, args.eps)
     print(f"\nwrote {out}/: " + ", ".join(path.name for path in sorted(out.iterdir()) if path.is_file()))
-if WORLD > 1:
-    dist.destroy_process_group()
+end_processes()

@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ if not torch.cuda.is_available():                   # then Triton's kernels are 
     os.environ["TRITON_INTERPRET"] = "1"            # before anything imports them
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)                           # the tests run in two processes, see pyproject.toml
 
 
 def pytest_collection_modifyitems(config, items):
@@ -37,7 +38,7 @@ def run():
     def call(script, *words, processes=1, cwd=ROOT, status=0, **environment):
         start = [sys.executable] if processes == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "2" if processes == 1 else "1", "HF_HUB_OFFLINE": "1",
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                                     "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"} | environment
         done = subprocess.run([*start, script, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300,
                               env=environment)
@@ -52,9 +53,22 @@ def read_json():
 
 
 @pytest.fixture(scope="session")
-def small_clip(tmp_path_factory):
+def once(tmp_path_factory):
+    """once(name, make) → a path that make(path) filled, in whichever process of the tests came first."""
+    def call(name, make):
+        base = tmp_path_factory.getbasetemp()
+        path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not Path(f"{path}.made").exists():
+                make(path)
+                Path(f"{path}.made").touch()
+        return path
+    return call
+
+
+@pytest.fixture(scope="session")
+def small_clip(once):
     """A file with a toy CLIP that is pretrained for 200 steps: it knows colours, and some shapes."""
     import toyworld
-    path = tmp_path_factory.mktemp("clip") / "toy200.pt"
-    torch.save(toyworld.pretrain(0, steps=200).state_dict(), path)
-    return path
+    return once("toy200.pt", lambda path: torch.save(toyworld.pretrain(0, steps=200).state_dict(), path))

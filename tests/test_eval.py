@@ -263,7 +263,7 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_numbers(command, sma
     whole = command(*words_for(small_clip, tmp_path / "whole", *words[:-2]))
     out = tmp_path / "killed"
     killed = [sys.executable, "eval_zeroshot.py", *map(str, words_for(small_clip, out, *words))]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     done = 0
     for least in (25, 110):
         process = subprocess.Popen(killed, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

@@ -23,14 +23,6 @@ TINY = ("--pretrained", "none", "--tasks", "none", "--limit", 32, "--batch-size"
 LOSSES = ("tecoa", "ce", "coadv", "imgcoadv", "fare", "pmg")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Faster than two, for what is as small as this."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="module")
 def noisy_clip(tmp_path_factory):
     """A file with a CLIP of large random weights, that tells images apart as open_clip's small ones do not."""

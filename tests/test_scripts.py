@@ -23,12 +23,14 @@ from model import ImageEncoder, load_clip
 
 
 @pytest.fixture(scope="module")
-def trained(run, small_clip, tmp_path_factory):
+def trained(run, small_clip, once):
     """A short but real adaptation of a briefly pretrained toy CLIP: (its folder, what it printed)."""
-    out = tmp_path_factory.mktemp("run")
-    done = run("train_tecoa.py", "--pretrained", small_clip, "--tasks", "unseen,colours", "--limit", 2000, "--epochs", 4,
-               "--eval-steps", 5, "--out", out)
-    return out, done.stdout
+    def make(out):
+        done = run("train_tecoa.py", "--pretrained", small_clip, "--tasks", "unseen,colours", "--limit", 2000, "--epochs", 4,
+                   "--eval-steps", 5, "--out", out)
+        (out / "stdout").write_text(done.stdout)
+    out = once("trained", make)
+    return out, (out / "stdout").read_text()
 
 
 def check_schema(results, tasks):

@@ -1,10 +1,12 @@
 """attacks.py: worked by hand, constraints, and independence of everything that should not matter."""
 import math
+import random
 
 import pytest
 import torch
 from torch import nn
 
+from adversary import ATTACKS, defined, predict, run_attacks
 from attacks import (apgd, bump, change_window, chessboard, cw_margin, dlr, image_keys, margin, move_mass, pgd, pgd_any,
                      random_start, square, stripes)
 from kernels.random_start import uniform
@@ -375,3 +377,33 @@ def test_one_pixel_images_and_two_classes():
         for norm in ("linf", "l2"):
             x_adv, at = attack(objective_of(net, margin), x, y, eps=.3, norm=norm, keys=keys)
             assert torch.isfinite(x_adv).all() and torch.equal(net(x_adv).argmax(1) != y, at >= 0)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_attack_on_anything_keeps_its_promises(seed):
+    """Random sizes, classes, balls, steps and attacks; networks that are smooth, flat, steep or blind, images at the edges
+    of the pixel range: inside the ball and [0,1], the facts true of the pixels, x as it was, the same twice."""
+    rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
+    n, classes, (h, w) = rng.randint(1, 6), rng.randint(2, 7), (rng.randint(1, 9), rng.randint(1, 9))
+    norm, names = rng.choice(["linf", "l2"]), rng.sample([*ATTACKS], rng.randint(1, 3))
+    eps = rng.choice([0., .5, 8., 60., 255., 900.])
+    weights = torch.randn(3 * h * w, classes, generator=gen) * rng.choice([0, 1e-8, 1, 1e4])
+    kink = rng.choice([torch.tanh, torch.relu, lambda z: z, torch.sign])                     # sign: no gradient anywhere
+
+    def net(x):
+        return kink((x - .5).flatten(1) @ weights) + .1
+    x = (torch.rand(n, 3, h, w, generator=gen) * rng.choice([1, 3]) - rng.choice([0, 1])).clamp(0, 1)
+    head, index, before = torch.eye(classes), torch.randint(9999, (n,), generator=gen), x.clone()
+    y = predict(net, head, 10., x)
+    options = {"names": defined(names, classes), "eps": eps, "steps": rng.randint(1, 12), "norm": norm,
+               "step_size": rng.choice([.1, eps / 3 + .1, 999]), "queries": rng.randint(1, 15),
+               "restarts": rng.randint(1, 2)}
+    x_adv, predicted, by, at, passes, *_ = run_attacks(net, head, 10., x, y, index, **options)
+    assert torch.equal(x, before) and x_adv.shape == x.shape and x_adv.dtype == torch.float32
+    assert x_adv.isfinite().all() and 0 <= x_adv.min() and x_adv.max() <= 1 and not x_adv.requires_grad
+    delta = (x_adv.double() - x).flatten(1)
+    assert ((delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)) <= eps / 255 * (1 + 1e-5) + 1e-7).all()
+    assert torch.equal(predicted, predict(net, head, 10., x_adv)) and torch.equal(by >= 0, predicted != y)
+    assert torch.equal(at >= 0, by >= 0) and (passes >= 1).all()
+    again = run_attacks(net, head, 10., x, y, index, **options)
+    assert torch.equal(x_adv, again[0]) and torch.equal(by, again[2])

@@ -14,7 +14,7 @@ from test_hostile import Malicious, encoded, no_hanging, png, refused  # noqa: F
 from torch.utils.data import Dataset
 
 import data
-from data import Task, batches, load_task
+from data import Task, batches, leave_signals_to_the_parent, load_task
 from images import Images, Unreadable
 
 
@@ -206,17 +206,14 @@ def test_a_signal_to_the_group_is_the_main_process_to_answer(number):
 
 
 def test_the_second_sigterm_ends_a_worker():
-    loader = iter(batches(SLOW, list(range(40)), 4, 2))
-    next(loader)
-    worker = loader._workers[0]
-    worker.terminate()
-    worker.join(.3)
-    assert worker.exitcode is None
-    worker.terminate()
-    with pytest.raises(RuntimeError, match="killed by signal: Terminated"):
-        list(loader)
-    assert worker.exitcode == -signal.SIGTERM
-    loader._shutdown_workers()
+    process, receive = forked(lambda send: (leave_signals_to_the_parent(0), send.send("ready"), time.sleep(15)))
+    receive.recv()
+    process.terminate()
+    process.join(.3)
+    assert process.exitcode is None
+    process.terminate()
+    process.join(5)
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_workers_end_with_the_process_that_they_work_for():

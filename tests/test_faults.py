@@ -114,6 +114,16 @@ def test_a_signal_finishes_the_step_saves_and_says_so(forks, whole, tmp_path, nu
     assert_same(whole, out)
 
 
+def test_an_interrupted_evaluation_says_so_in_one_line(forks, tmp_path):
+    words = ("--pretrained", "none", "--steps", 9999, "--out", tmp_path / "e")
+    pid = forks.start("eval_zeroshot.py", *words, out=tmp_path / "o")
+    when(lambda: (tmp_path / "e" / "images.jsonl").exists())
+    os.kill(pid, signal.SIGINT)
+    assert forks.wait(pid) == -signal.SIGINT
+    said = (tmp_path / "o.stderr").read_text()
+    assert said.endswith("eval_zeroshot.py: interrupted\n") and "Traceback" not in said
+
+
 def test_the_minute_has_its_own_checkpoints(forks, tmp_path):
     out = tmp_path / "run"
     forks.run("train_tecoa.py", *WORDS, "--max-steps", 8, "--save-every", "0.0001m", "--out", out, out=tmp_path / "run")
@@ -489,6 +499,21 @@ def test_a_damaged_image_is_named_and_another_stands_in(forks, photos, tmp_path)
     victim.unlink()                                                              # another set of images: not the same run
     _, stderr = forks.run("train_tecoa.py", "--resume", tmp_path / "2", out=out, status=2)
     assert stderr.count("\n") == 1 and "are not those that the run" in stderr
+
+
+def test_sigterm_to_all_processes_of_a_run_saves_as_well(forks, photos, tmp_path):
+    """A scheduler signals the processes that decode, too."""
+    out = tmp_path / "run"
+    words = ("--pretrained", "none", "--dataset", f"folder:{photos}", "--tasks", "none", "--batch-size", 10, "--epochs", 400,
+             "--workers", 2, "--out", out)
+    pid = forks.start("train_tecoa.py", *words, out=out)
+    when(lambda: steps_done(out) > 5)
+    workers = [int(worker) for worker in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    for process in (*workers, pid):
+        os.kill(process, signal.SIGTERM)
+    assert len(workers) == 2 and forks.wait(pid) == 143
+    assert "SIGTERM after step" in Path(f"{out}.stderr").read_text() and read_checkpoint(out / "ckpt.pt")["step"] > 5
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
 def test_a_killed_worker_process_ends_training_in_one_line(forks, photos, tmp_path):

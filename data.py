@@ -7,7 +7,9 @@ that belongs to the model. Training takes the same names. Where decoding is what
     python data.py cache --dataset imagenet --data-root DIR --out FILE     # then --dataset cache:FILE
     python data.py verify FILE                                             # read it all and compare checksums
 """
+import atexit
 import fcntl
+import multiprocessing
 import os
 import re
 import shutil
@@ -185,10 +187,20 @@ def collate_readable(pairs):
 
 
 def leave_signals_to_the_parent(_):
-    """In a worker: Ctrl-C, and the SIGTERM of a scheduler or of torchrun, reach a whole group of processes, but what becomes
-    of the run is the main process's to say. It ends its workers by a message, or by a second SIGTERM, or with itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    """In a worker: Ctrl-C, and the SIGTERM of a scheduler or of torchrun, reach all processes of a run, but what becomes of
+    it is the main process's to say. Workers end by its message, or with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Workers that an error has left: their SIGTERM, with which Python would end them and wait for them, is ignored."""
+    left = multiprocessing.active_children()
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)           # torch raises an error of its own for each
+    for worker in left:
+        worker.kill()
 
 
 def batches(task, order, batch_size, workers, bad="raise"):

@@ -83,8 +83,8 @@ def compute(o, seed, train, evaluations, advance):
     training, points = to_do(o, seed, train, evaluations)
     base, _ = folder(o, Point(train), seed)
     if training:
-        call(o, "train_tecoa.py", ["--resume", "--tasks", "none", "--out", str(base), "--seed", str(seed), *o.model_words,
-                                   *o.train_words, *train.split()], base / "train.log")
+        call(o, "train_tecoa.py", ["--tasks", "none", "--out", str(base), "--seed", str(seed), *o.model_words,
+                                   *o.train_words, *train.split(), "--resume"], base / "train.log")
         advance(TRAINING)
     for point in points:
         out = folder(o, point, seed)[1]

@@ -1,10 +1,14 @@
 """Disks that fail for a moment, files that change while they are read, damaged caches; and signals to workers."""
 import errno
+import json
 import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from test_hostile import Malicious, encoded, no_hanging, png, refused  # noqa: F
 from torch.utils.data import Dataset
 
 import data
-from data import Task, batches, leave_signals_to_the_parent, load_task
+from data import Task, batches, load_task
 from images import Images, Unreadable
 
 
@@ -189,9 +193,8 @@ def alive(pid):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_group_is_the_main_process_to_answer(number):
     def main(send):
-        caught = []
-        signal.signal(number, lambda *_: caught.append(1))
-        loader = iter(batches(SLOW, list(range(40)), 4, 2))
+        caught, loader = [], iter(batches(SLOW, list(range(40)), 4, 2))
+        signal.signal(number, lambda *_: caught.append(1))                    # the workers' own is another
         pids, found = [worker.pid for worker in loader._workers], next(loader)[2].tolist()
         send.send(pids)
         for _, _, index in loader:
@@ -205,15 +208,14 @@ def test_a_signal_to_the_group_is_the_main_process_to_answer(number):
     assert process.exitcode == 0 and found == list(range(40)) and caught == 1 and not any(map(alive, pids))
 
 
-def test_the_second_sigterm_ends_a_worker():
-    process, receive = forked(lambda send: (leave_signals_to_the_parent(0), send.send("ready"), time.sleep(15)))
-    receive.recv()
-    process.terminate()
-    process.join(.3)
-    assert process.exitcode is None
-    process.terminate()
-    process.join(5)
-    assert process.exitcode == -signal.SIGTERM
+def test_workers_end_when_an_error_ends_their_process():
+    """With a loader that nobody has shut down: at once, and in no other words than the error's."""
+    script = ("from test_disks import SLOW, batches; loader = iter(batches(SLOW, list(range(40)), 20, 2)); next(loader); "
+              "print([worker.pid for worker in loader._workers]); raise ValueError('the last line')")
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True,
+                          timeout=60, env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)})
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: the last line", done.stderr
+    assert len(json.loads(done.stdout)) == 2 and not any(map(alive, json.loads(done.stdout)))
 
 
 def test_workers_end_with_the_process_that_they_work_for():

@@ -41,7 +41,7 @@ def toy(small_clip):
 def rightly(toy, count=40):
     """x, y and numbers of images that are classified rightly."""
     encoder, head, scale, task = toy
-    x, y, index, _ = next(iter(batches(task, range(120), 120, 0, tolerant=True)))
+    x, y, index, _ = next(iter(batches(task, range(120), 120, 0, bad="leave out")))
     right = (contrast(encoder(to_float(x)), head, y, scale)[1] == y).nonzero().squeeze(1)[:count]
     return x[right], y[right], index[right]
 

@@ -1,7 +1,7 @@
 """Checkpoints: writing ours, reading ours and other people's, putting one into a CLIP, exporting one for open_clip.
 
-Nothing in a file is ever executed: torch.load runs with weights_only=True. Nothing damaged is ever taken for a model:
-the checksum of each of a file's parts is compared, which torch.load does not do.
+Nothing in a file is ever executed: torch.load runs with weights_only=True. A damaged file of PyTorch's (since 1.6, a zip) is
+never taken for a model: the checksum of each of its parts is compared, which torch.load does not do.
 """
 import hashlib
 import json
@@ -49,6 +49,7 @@ def save_checkpoint(path, clip, config, **more):
     previous = path.with_stem(f"{path.stem}-previous")
 
     def write():
+        temporary.unlink(missing_ok=True)                  # which might be a link to somewhere else
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
@@ -56,8 +57,8 @@ def save_checkpoint(path, clip, config, **more):
     try:
         try:
             write()
-        except (OSError, RuntimeError):                    # torch.save raises either when the disk is full
-            if not previous.exists():
+        except (OSError, RuntimeError) as error:           # torch.save raises either when the disk is full
+            if not previous.exists() or "DataLoader" in str(error):                    # whose workers' death comes any time
                 raise
             previous.unlink()
             write()
@@ -67,12 +68,15 @@ def save_checkpoint(path, clip, config, **more):
             try:
                 os.link(path, link)                        # there is a file of this name at every moment
                 os.replace(link, previous)
+                link.unlink(missing_ok=True)               # still there if both were the same file, after a kill just here
             except OSError:                                # a file system without links
                 os.replace(path, previous)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        if "DataLoader" in str(error):
+            raise
         free = shutil.disk_usage(path.parent).free
         raise OSError(f"cannot write {path}: {' '.join(str(error).split())[:200]} ({free / 1e6:,.1f} MB are free)") from None
 
@@ -217,7 +221,12 @@ def read_checkpoint(path, model=None):
         kinds = {"model": str, "pretrained": str | None, "config": dict, "visual": dict, "text": str, "prompts": dict,
                  "step": int, "training": dict}
         wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
-        tensors_of(content["visual"] | content.get("prompts", {}) if not wrong else dict.fromkeys(wrong), path)
+        config = content["config"] if not wrong else {}
+        if wrong or not (config.get("norm", "linf") in ("linf", "l2") and ("norm" in config) <= ("eps" in config)
+                         and isinstance(config.get("eps", 1), int | float) and isinstance(config.get("seed", 0), int)):
+            raise ValueError(f"{path} is not a checkpoint that is known here: its {', '.join(wrong or ['config'])} is of "
+                             "another kind than ours")
+        tensors_of(content["visual"] | content.get("prompts", {}), path)
         return content
     sections = {key: content[key] for key in (*PLACES, "add_prompter") if isinstance(content.get(key), dict)}
     place = next((key for key in PLACES if any("conv1.weight" in str(name) for name in sections.get(key, {}))), None)

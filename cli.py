@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import traceback
@@ -17,6 +18,7 @@ import kernels
 
 RANK, WORLD, LOCAL = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))     # of torchrun --max-restarts, after a crash
+LAUNCH = os.environ.get("TORCHELASTIC_RUN_ID", "")                  # of torchrun; --standalone makes a new one each time
 
 
 def end_in_one_line(kind, error, trace):
@@ -25,8 +27,8 @@ def end_in_one_line(kind, error, trace):
     said = " ".join(str(error).split())[:300] or kind.__name__
     if issubclass(kind, KeyboardInterrupt):
         said = "interrupted"
-    elif "DataLoader worker" in said or kind.__name__ == "Unreadable":        # of images.py, or a worker that was killed
-        said = str(error).strip().splitlines()[-1]
+    elif kind.__name__ == "Unreadable" or re.search("DataLoader worker .*(killed by signal|exited unexpectedly)", said):
+        pass                                            # an image of images.py, or a worker
     elif issubclass(kind, torch.OutOfMemoryError | MemoryError):
         said = f"out of memory: {said}; a smaller --batch-size needs less, in training --accumulate 2 as well"
     elif WORLD > 1 and issubclass(kind, RuntimeError) and ("gloo" in said or "NCCL" in said):
@@ -58,6 +60,9 @@ class Parser(argparse.ArgumentParser):
 
     def words(self, config):
         """The command line whose options are `config`, of a checkpoint: argparse shall check what a file says."""
+        unknown = [word for word in config if word not in {action.dest for action in self._actions} - {"help"}]
+        if unknown:
+            raise ValueError(f"it has options that are not known here: {unknown[:3]}")
         flags = {word: f"--{'no-' * (value is False)}{word.replace('_', '-')}" for word, value in config.items()}
         return [flag if isinstance(config[word], bool) else f"{flag}={config[word]}" for word, flag in flags.items()
                 if config[word] is not None and word != "out"]
@@ -157,11 +162,14 @@ def start_processes(parser, args):
     return device
 
 
-def end_processes():
-    """Part from the other processes, all at once: those that leave earlier may abort (gloo, now and then)."""
+def end_processes(status=0):
+    """End this process together with the others, if there are any, all being done; without PyTorch's own tidying up, in
+    which gloo aborts a process now and then (2.14: "terminate called without an active exception")."""
     if WORLD > 1:
         dist.barrier()
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def gathered(value):
@@ -222,5 +230,6 @@ def read_json(path):
 def write_json(path, value):
     """Write value as JSON: beside, then renamed."""
     temporary = Path(f"{path}.tmp")
+    temporary.unlink(missing_ok=True)                               # which might be a link to somewhere else
     temporary.write_text(json.dumps(value, indent=1) + "\n")
     temporary.replace(path)

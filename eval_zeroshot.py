@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -132,17 +133,22 @@ def evaluate_tasks(encoder, heads, scale, tasks, options, *, label, done=None, a
 
 
 def pseudo_labels(encoder, head, scale, task, workers=0):
-    """What the encoder takes the task's clean images for: int64, by image number, from all processes, the same in each."""
-    loader, precision, found = batches(task, [*range(len(task.images))][RANK::WORLD], 256, workers), encoder.dtype, []
-    encoder.dtype = torch.float32
-    for x, y, index in tqdm(on_device(loader, head.device), desc="pseudo-labels", unit="batch", total=len(loader),
-                            disable=RANK > 0):
-        found.append(torch.stack([index, y, predict(encoder, head, scale, to_float(x))]).cpu())
+    """What the encoder takes the task's clean images for: int64, by image number, from all processes, the same in each; −1
+    for those that cannot be read, which training leaves out as well."""
+    loader = batches(task, [*range(len(task.images))][RANK::WORLD], 256, workers, bad="leave out")
+    precision, encoder.dtype, found = encoder.dtype, torch.float32, [torch.empty(3, 0, dtype=torch.int64)]
+    for x, y, index, errors in tqdm(on_device(loader, head.device), desc="pseudo-labels", unit="batch", total=len(loader),
+                                    disable=RANK > 0):
+        for image, error in errors:
+            tqdm.write(f"warning: image {image} gets no pseudo-label: {error}", file=sys.stderr)
+        if len(y):
+            found.append(torch.stack([index, y, predict(encoder, head, scale, to_float(x))]).cpu())
     encoder.dtype = precision
     index, y, guessed = torch.cat(gathered(torch.cat(found, 1)), 1)
     if RANK == 0:
         print(f"{100 * (guessed == y).float().mean():.1f} % of the pseudo-labels are the true ones", flush=True)
-    return torch.zeros(int(index.max()) + 1, dtype=torch.int64).index_copy(0, index, guessed).to(head.device)
+    labels = torch.full((max(image_numbers(task)) + 1,), -1)
+    return labels.index_copy(0, index, guessed).to(head.device)
 
 
 def shares(text):

@@ -2,6 +2,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import FORMAT, load_visual, read_checkpoint, save_checkpoint
-from cli import RANK, RESTARTS, WORLD, gathered
+from cli import LAUNCH, RANK, RESTARTS, WORLD, gathered
 
 # What may differ on resuming. The second line changes no more than rounding, the first nothing that is computed.
 FREE = ("out", "data_root", "workers", "max_steps", "save_every", "max_nonfinite",
         "accumulate", "device", "compile", "kernels")
-STOPPED = []                                            # the signals that asked the loop to stop
+STOPPED = []                                            # (signal, when) of those that asked the loop to stop
 
 
 # ---------------------------------------------------------------------------------------------- going on
@@ -34,6 +35,9 @@ def read_run(path):
         checkpoint = read_checkpoint(path)
         if checkpoint["format"] != FORMAT or not {"training", "step"} <= checkpoint.keys():
             raise ValueError(f"{path} has nothing that training could go on from, only a model")
+        kinds = {"momentum": dict, "others": dict, "window": list, "skipped": int, "data": str}
+        if checkpoint["step"] and not all(isinstance(checkpoint["training"].get(key), kind) for key, kind in kinds.items()):
+            raise ValueError(f"{path} has not all that training goes on from")
         return checkpoint | {"file": str(path)}
     except ValueError as error:
         if path == previous or not previous.exists():
@@ -60,16 +64,17 @@ def parse_resumable(parser):
     """(options, their checkpoint or None, whether to go on if something is there). With --resume RUN the options are those
     of the run, but for those that the command line has now."""
     args, checkpoint = parser.parse_args(), None
-    again = RESTARTS > 0 or args.resume is not None
+    again = args.resume is not None
     if args.resume:
         file = Path(args.resume, "ckpt.pt") if Path(args.resume).is_dir() else Path(args.resume)
         if args.out and Path(args.out) != file.parent:
             parser.error(f"--out {args.out}: --resume goes on in its own folder, {file.parent}")
         try:
             checkpoint = newest_run(file.parent) if RESTARTS else read_run(file)
+            words = parser.words(checkpoint["config"])
         except (ValueError, OSError) as error:
-            parser.error(str(error))
-        args = parser.parse_args(parser.words(checkpoint["config"]) + sys.argv[1:])
+            parser.error(f"--resume {args.resume}: {error}")
+        args = parser.parse_args(words + sys.argv[1:])
         args.out = str(file.parent)
     del args.resume                                     # from here on args is what the run is
     return args, checkpoint, again
@@ -81,7 +86,9 @@ def claim_folder(out, config, checkpoint, again, made_of):
     made_of: the images' fingerprint. Raises ValueError: another run is there, unfinished or being written; options or images
     are not those of the checkpoint; processes see different ones.
     """
-    checkpoint = checkpoint or (newest_run(out) if again else None)
+    checkpoint = checkpoint or (newest_run(out) if again or RESTARTS else None)
+    if checkpoint and not again and checkpoint.get("launch") != LAUNCH:              # of an earlier torchrun
+        checkpoint = None
     if checkpoint:
         for word, value in checkpoint["config"].items():
             if word not in FREE and config.get(word) != value:
@@ -120,7 +127,7 @@ def restore(checkpoint, clip, trained, optimizer):
     others = {name: p for name, p in trained.items() if not name.startswith("visual.")}
     for kind, tensors in (("momentum", momentum), ("others", others)):
         saved = checkpoint["training"][kind]
-        if {name: t.shape for name, t in saved.items()} != {name: t.shape for name, t in tensors.items()}:
+        if {name: getattr(t, "shape", None) for name, t in saved.items()} != {name: t.shape for name, t in tensors.items()}:
             sys.exit(f"--resume: {checkpoint['file']} has the {kind} of another model")
         for name, tensor in tensors.items():
             tensor.data.copy_(saved[name])
@@ -136,7 +143,7 @@ def save_run(out, clip, config, log, step, trained, optimizer, prompts, **more):
     momentum = {name: optimizer.state[p]["momentum_buffer"].cpu() for name, p in trained.items()}
     others = {name: p.detach().cpu() for name, p in trained.items() if not name.startswith("visual.")}
     log.sync()
-    save_checkpoint(out / "ckpt.pt", clip, config, step=step, **({"prompts": prompts} if prompts else {}),
+    save_checkpoint(out / "ckpt.pt", clip, config, step=step, launch=LAUNCH, **({"prompts": prompts} if prompts else {}),
                     training={"momentum": momentum, "others": others} | more)
 
 
@@ -148,7 +155,8 @@ class Log:
     """
 
     def __init__(self, path, step):
-        self.rows, self.waiting, self.file = [], [], path and open(path, "a+b", buffering=0)
+        self.rows, self.waiting, self.file = [], [], path and open(
+            path, "a+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
         if not path:
             return
         try:
@@ -164,7 +172,7 @@ class Log:
                 row = json.loads(line)
             except ValueError:                          # a killed run's last line may be half a one
                 break
-            if not line.endswith(b"\n") or row["step"] > step:
+            if not line.endswith(b"\n") or not isinstance(row, dict) or not row.get("step", math.inf) <= step:
                 break
             self.rows.append(row)
             end += len(line)
@@ -198,9 +206,12 @@ class Log:
 
 # ---------------------------------------------------------------------------------------------- stopping gently
 def finish_the_step(signum, _):
-    """A signal handler: the loop looks at STOPPED after each step. The second signal ends the process at once."""
-    STOPPED.append(signum)
-    signal.signal(signum, signal.SIG_DFL)
+    """A signal handler: the loop looks at STOPPED after each step. Another signal two seconds later (sooner, it is torchrun
+    that passes on what its processes have got as well) ends the process at once."""
+    if STOPPED and time.monotonic() > STOPPED[0][1] + 2:
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+    STOPPED.append((signum, time.monotonic()))
 
 
 def catch_signals():
@@ -210,7 +221,13 @@ def catch_signals():
     for number, handler in usual.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, finish_the_step)
-    return lambda: [signal.signal(number, handler) for number, handler in usual.items()]
+
+    def restore_signals():
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+        if STOPPED:                                     # after the loop's last look
+            os.kill(os.getpid(), STOPPED[0][0])
+    return restore_signals
 
 
 def wishes(step, save_every, saved):
@@ -221,7 +238,7 @@ def wishes(step, save_every, saved):
     """
     often = float(save_every.removesuffix("m"))
     due = time.perf_counter() - saved >= 60 * often if save_every.endswith("m") else step % often == 0
-    wanted = torch.tensor([due, max(STOPPED, default=0)])
+    wanted = torch.tensor([due, max((number for number, _ in STOPPED), default=0)])
     if WORLD > 1:
         dist.all_reduce(wanted, dist.ReduceOp.MAX)      # gloo, past the GPUs
     return wanted.tolist()

@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 from attacks import image_keys, pgd
 from checkpoints import save_checkpoint
-from cli import (DTYPES, RANK, WORLD, Parser, add_options, cadence, end_processes, environment, first_then_others, gathered,
-                 number, read_json, start_processes, writable_folder, write_json)
+from cli import (DTYPES, LAUNCH, RANK, WORLD, Parser, add_options, cadence, end_processes, environment,
+                 first_then_others, gathered, number, read_json, start_processes, writable_folder, write_json)
 from data import batches, load_task, on_device, task_names
 from eval_zeroshot import evaluate_tasks, pseudo_labels
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, cosine_logits, log_odds
@@ -133,7 +133,7 @@ try:
     made_of = fingerprint(train)
     checkpoint, log = claim_folder(out, vars(args), checkpoint, again, made_of)
     if RANK == 0 and not checkpoint:                                       # from here on there is something to go on from
-        save_checkpoint(out / "ckpt.pt", clip, vars(args), step=0, training={})
+        save_checkpoint(out / "ckpt.pt", clip, vars(args), step=0, training={}, launch=LAUNCH)
 except (ValueError, OSError) as error:
     parser.error(str(error))
 step, state = (checkpoint["step"], checkpoint["training"]) if checkpoint else (0, {})
@@ -141,7 +141,11 @@ per_epoch = len(train.images) // args.batch_size                           # the
 schedule_steps = args.epochs * per_epoch
 first, total = step, min(schedule_steps, args.max_steps or schedule_steps)
 if checkpoint and step >= total and (out / "results.json").exists():
-    sys.exit(print(f"{out} is finished, after step {step:,}: nothing to go on with"))
+    print(f"{out} is finished, after step {step:,}: nothing to go on with")
+    end_processes()
+    sys.exit()
+if RANK == 0:
+    (out / "results.json").unlink(missing_ok=True)                         # it says that the run is over
 
 encoder = ImageEncoder(clip, DTYPES[args.dtype])                           # F_θ: x [B,3,H,W] → z [B,D]
 scale = clip.logit_scale.exp().item()                                      # 1/τ, never trained
@@ -172,6 +176,8 @@ if RANK == 0:
           f"ε = {args.eps:g}/255.", flush=True)
 before_pictures = None
 (known, *_) = gathered(read_json(out / "results_before.json") if checkpoint and RANK == 0 else None)
+if known and {*known["tasks"], *known.get("adapted", ())} != {task.name for task in [*tasks, *held_out]}:
+    known = None                                                           # --data-root has others now
 before, before_pictures = zero_shot_results("CLIP", known)
 if RANK == 0:
     if tasks:
@@ -284,8 +290,10 @@ for p in trained.values():
 optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=.9, fused=True)
 for p in trained.values():                                                 # SGD's own start, were step 1 not left out
     optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+window, skipped = state.get("window", []), state.get("skipped", 0)
 if step:
     restore(checkpoint, clip, trained, optimizer)
+checkpoint = state = None                                                  # as large as the model, or three times so
 ddp = DistributedDataParallel(net, device_ids=[device] if device.type == "cuda" else None) if WORLD > 1 else net
 if RANK == 0:
     print(f"--adapt {args.adapt} trains {sum(p.numel() for p in trained.values()):,} numbers: {parts_of(trained)}"
@@ -314,12 +322,11 @@ def warn(text):
     bar.write(f"warning: {text}", file=sys.stderr)
 
 
-def stop(text, status=1):
-    """End this process; the first one says why, in a line."""
+def say(text):
+    """What ends the run, in a line, once."""
     bar.close()
     if RANK == 0:
         print(f"{parser.prog}: {text}", file=sys.stderr, flush=True)
-    sys.exit(status)
 
 
 def look_for_nonfinite():
@@ -332,7 +339,8 @@ def look_for_nonfinite():
         log.write({"step": done, "epoch": (done - 1) // per_epoch, "nonfinite": images})
         said = f"step {done} is left out, its loss or gradient is not finite; its images are in {out}/log.jsonl"
         if skipped >= args.max_nonfinite:
-            stop(f"stopped: {said}; ckpt.pt is from before. Is --lr too large, or --warmup too short?")
+            say(f"stopped: {said}; ckpt.pt is from before. Is --lr too large, or --warmup too short?")
+            sys.exit(1)
         warn(said)
     fresh.clear()
 
@@ -346,13 +354,13 @@ def save():
             save_run(out, clip, vars(args), log, step, trained, optimizer, encoder.prompts(),
                      **more | ({} if pseudo is None else {"pseudo": pseudo.cpu()}))
         except OSError as error:
-            stop(f"stopped after step {step}: {error}; what was saved before is whole: make room, then --resume {out}")
+            say(f"stopped after step {step}: {error}; what was saved before is whole: make room, then --resume {out}")
+            sys.exit(1)
 
 
 restore_signals = catch_signals()
 torch.set_float32_matmul_precision("high")                                # TF32 is fine to train with, not to report with
 # sums since the last line of the log, and of a step: loss, right, images. A resumed run's are in `window`, by process
-window, skipped = state.get("window", []), state.get("skipped", 0)
 own = window[RANK] if len(window) == WORLD else [sum(c) for c in zip(*window)] if window and RANK == 0 else [0.] * 3
 sums, step_sums = torch.tensor([own, [0.] * 3], device=device)
 fresh, index_of_step, seen, warned, since = [], [], 0, False, time.perf_counter()
@@ -363,7 +371,9 @@ for part, (x, y, index, errors) in enumerate(on_device(loader, device), 1):
     for image, error in errors:
         warn(f"image {image} is left out, the next one stands in: {error}")
     epoch = step // per_epoch
-    keys, label = image_keys(args.seed, epoch, index), y if pseudo is None else pseudo[index]
+    keys, label = image_keys(args.seed, epoch, index), y
+    if pseudo is not None:
+        label = pseudo[index].where(pseudo[index] >= 0, y)                 # −1: could not be read then
     with torch.no_grad():
         y = targets(x, label, keys)
     if x.shape[-2:] == encoder.visual.image_size:                          # uint8 → [B,h·w,3·p·p], for all of the step
@@ -432,9 +442,10 @@ for part, (x, y, index, errors) in enumerate(on_device(loader, device), 1):
         save()
         saved = time.perf_counter()
     if signalled:
-        end_processes()
-        name = signal.Signals(signalled).name
-        stop(f"{name} after step {step} of {total}, saved; go on with --resume {out}", 128 + signalled)
+        name, status = signal.Signals(signalled).name, 128 + signalled
+        say(f"{name} after step {step} of {total}, saved; go on with --resume {out}")
+        end_processes(status)
+        sys.exit(status)
 bar.close()
 restore_signals()
 

@@ -1,5 +1,7 @@
 """bench.py and measure.py: counts against arithmetic by hand, and the command as users run it, small."""
+import os
 import re
+import sys
 
 import pytest
 import torch
@@ -58,3 +60,13 @@ def test_the_command_times_both_recipes_and_writes_its_table(run, tmp_path):
 def test_bad_options_end_in_one_line(run, words, said):
     done = run("bench.py", *words, status=2)
     assert done.stderr.count("\n") == 1 and said in done.stderr and done.stdout == ""
+
+
+def test_a_long_run_is_looked_at(run, tmp_path):
+    """Without a compiler to be short: four rows of numbers that are there, two workers in each."""
+    run("bench.py", "--soak", 200, "--out", tmp_path / "soak.md", PATH=os.path.dirname(sys.executable), CC="gcc")
+    rows = [line.split(" | ") for line in (tmp_path / "soak.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| 0–50", "| 50–100", "| 100–150", "| 150–200"]
+    for row in rows:
+        main, workers, theirs, files, threads, compiled = (float(cell.strip(" |").replace(",", "")) for cell in row[1:])
+        assert main > 200 and workers == 2 and 1 < theirs < main and files > 5 and threads >= 1 and compiled == 0

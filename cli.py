@@ -132,6 +132,32 @@ def add_options(parser, *, steps, batch_size, dtypes, attack):
     group.add_argument("--out", metavar="DIR", help="folder to write to (default: a name under out/)")
 
 
+def settle_training(parser, args):
+    """Fill in what training's command line left open: ([a method of --adapt, …], the learning rate of a readout beside
+    prompts, the run's name, which has what is not the default). Ends the process where options exclude each other."""
+    args.model, args.norm = args.model or "toy", args.norm or "linf"
+    if args.norm == "l2" and args.eps is None:
+        parser.error("--norm l2 needs --eps, in 1/255")
+    toy, methods, finetuning_lr = args.model == "toy", args.adapt.split(","), parser.by_model["lr"][args.model == "toy"]
+    for word, method in (("last_blocks", "partial"), ("border", "image-prompt"), ("tokens", "token-prompt")):
+        if vars(args)[word] is not None and method not in methods:
+            parser.error(f"--{word.replace('_', '-')} belongs to --adapt {method}, not to {args.adapt}")
+    if args.labels == "pseudo" and args.loss in ("imgcoadv", "fare"):
+        parser.error(f"--labels pseudo: --loss {args.loss} uses no labels")
+    if "prompt" in args.adapt or args.loss == "fare":                      # fare's distances are not in units of τ
+        parser.by_model["lr"] = (40, 10) if "prompt" in args.adapt else (1e-5, 2e-3)
+    usual = {word: values[toy] for word, values in parser.by_model.items()} | {
+        "dataset": "toy" if toy else "imagenet", "norm": "linf", "step_size": None, "limit": None, "max_steps": None,
+        "accumulate": 1, "labels": "true", "shots": None, "last_blocks": None, "border": None, "tokens": None}
+    args.dataset = args.dataset or usual["dataset"]
+    args.pretrained = args.pretrained or (f"seed{args.seed}" if toy else None)
+    parser.fill(args)
+    unusual = [f"{word.replace('_', '')}{vars(args)[word]}" for word in usual if vars(args)[word] != usual[word]]
+    args.step_size = args.step_size or (1 if not toy and args.norm == "linf" else 1.25 * args.eps / args.steps)
+    name = "-".join([args.model.removeprefix("hf-hub:"), args.loss, args.adapt, *unusual, f"seed{args.seed}"])
+    return methods, finetuning_lr, name.replace("/", "-").replace(":", "-").replace(",", "-")
+
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

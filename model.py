@@ -1,4 +1,5 @@
 """CLIP: loading one, the differentiable path from pixels to features, and which of its numbers an adaptation trains."""
+import argparse
 import functools
 import logging
 import math
@@ -241,6 +242,40 @@ class ImageEncoder(nn.Module):
 
 
 ADAPTATIONS = ("full", "partial", "linear", "image-prompt", "token-prompt")
+
+
+def adaptation(text):
+    """An argparse type: one of ADAPTATIONS, or both prompts, in alphabetical order."""
+    methods = ",".join(sorted(text.split(",")))
+    if methods not in (*ADAPTATIONS, "image-prompt,token-prompt"):
+        raise argparse.ArgumentTypeError(f"{text}: expected one of {', '.join(ADAPTATIONS)}, or image-prompt,token-prompt")
+    return methods
+
+
+def adaptation_sizes(methods, size, last_blocks, border, tokens):
+    """{"last_blocks", "border", "tokens"}: as given, or the defaults of `methods` for a model of `size` pixels; None where
+    they play no part. ValueError: the border covers everything."""
+    border = border or (round(30 / 224 * size) if "image-prompt" in methods else None)
+    if border and 2 * border >= size:
+        raise ValueError(f"--border {border} leaves nothing inside, the model takes {size} pixels")
+    return {"last_blocks": last_blocks or (2 if "partial" in methods else None), "border": border,
+            "tokens": tokens or (5 if "token-prompt" in methods else None)}
+
+
+def check_adaptation(clip, methods, last_blocks, name, has_readout):
+    """ValueError: the image encoder of clip, an open_clip `name`, has not what the methods train."""
+    if "linear" in methods and not has_readout and clip.visual.proj is None:
+        raise ValueError(f"--adapt linear: the image encoder of {name} has no proj")
+    if "partial" in methods and last_blocks > len(clip.visual.transformer.resblocks):
+        raise ValueError(f"--last-blocks {last_blocks}: {name} has {len(clip.visual.transformer.resblocks)}")
+
+
+def check_gradients(parameters, trained):
+    """RuntimeError, with their names, if some of parameters, (name, parameter) pairs, have a gradient and are not among
+    `trained`, or are and have none."""
+    wrong = [name for name, p in parameters if (p.grad is not None) != any(p is q for q in trained)]
+    if wrong:
+        raise RuntimeError(f"meant to train but without a gradient, or the other way round: {wrong}")
 
 
 def parts_of(names):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints import FORMAT, load_visual, read_checkpoint, save_checkpoint
-from cli import LAUNCH, RANK, RESTARTS, WORLD, gathered
+from cli import LAUNCH, RANK, RESTARTS, WORLD, end_processes, gathered, read_json
 
 # What may differ on resuming. The second line changes no more than rounding, the first nothing that is computed.
 FREE = ("out", "data_root", "workers", "max_steps", "save_every", "max_nonfinite",
@@ -80,8 +80,9 @@ def parse_resumable(parser):
     return args, checkpoint, again
 
 
-def claim_folder(out, config, checkpoint, again, made_of):
-    """(checkpoint to go on from or None, the folder's Log): of this run alone, without what is of an earlier one.
+def claim_folder(out, config, checkpoint, again, made_of, total, clip):
+    """(checkpoint to go on from or None, the folder's Log): of this run alone, without what is of an earlier one; a new
+    run's has a checkpoint of step 0. Ends the process if the run is over, all its `total` steps and its last table.
 
     made_of: the images' fingerprint. Raises ValueError: another run is there, unfinished or being written; options or images
     are not those of the checkpoint; processes see different ones.
@@ -102,19 +103,35 @@ def claim_folder(out, config, checkpoint, again, made_of):
     elif RANK == 0 and (out / "ckpt.pt").exists() and not (out / "results.json").exists():
         if read_run(out / "ckpt.pt")["step"]:
             raise ValueError(f"{out} holds an unfinished run: add --resume to go on with it, or delete it")
+    over = checkpoint and checkpoint["step"] >= total and (out / "results.json").exists()
     if len({*gathered(checkpoint and checkpoint["step"])}) > 1:
         raise ValueError(f"the processes see different checkpoints in {out}: it must be one folder for all machines")
+    if over:
+        if RANK == 0:
+            print(f"{out} is finished, after step {checkpoint['step']:,}: nothing to go on with")
+        end_processes()
+        sys.exit()
     if RANK > 0:
         return checkpoint, Log(None, 0)
     log = Log(out / "log.jsonl", checkpoint["step"] if checkpoint else 0)
-    for name in () if checkpoint else ("ckpt.pt", "ckpt-previous.pt", "results.json", "results_before.json", "examples.png"):
+    of_an_earlier_run = ("ckpt.pt", "ckpt-previous.pt", "results_before.json", "examples.png") if not checkpoint else ()
+    for name in ("results.json", *of_an_earlier_run):
         (out / name).unlink(missing_ok=True)
     if checkpoint and Path(checkpoint["file"]) != out / "ckpt.pt":                   # that one is damaged
         shutil.copyfile(checkpoint["file"], out / "ckpt.pt.tmp")
         os.replace(out / "ckpt.pt.tmp", out / "ckpt.pt")
-    if checkpoint:
+    if not checkpoint:                                  # from here on there is something to go on from
+        save_checkpoint(out / "ckpt.pt", clip, config, step=0, training={}, launch=LAUNCH)
+    else:
         print(f"Going on after step {checkpoint['step']:,}, from {checkpoint['file']}.", flush=True)
     return checkpoint, log
+
+
+def known_results(path, tasks):
+    """The table of a run that goes on, in all processes; None if there is none yet, or if it is of other tasks."""
+    (known, *_) = gathered(read_json(path) if RANK == 0 else None)
+    names = {*known["tasks"], *known.get("adapted", ())} if known else None
+    return known if names == {task.name for task in tasks} else None
 
 
 def restore(checkpoint, clip, trained, optimizer):
@@ -133,13 +150,16 @@ def restore(checkpoint, clip, trained, optimizer):
             tensor.data.copy_(saved[name])
 
 
-def save_run(out, clip, config, log, step, trained, optimizer, prompts, **more):
-    """Write ckpt.pt, in process 0: what `save_checkpoint` does, and in `training` what the run goes on with. OSError.
+def save_run(out, clip, config, log, step, trained, optimizer, prompts, *, pseudo=None, **more):
+    """Process 0 writes ckpt.pt: what `save_checkpoint` does, and in `training` what the run goes on with. OSError.
 
     training: momentum {name: tensor}, others {name: tensor} (what is trained beside `visual`: prompts, readout) and `more`:
     data (`sampling.fingerprint`), window (sums of each process, for the next line of the log), skipped (steps left out so
     far), and pseudo, labels by image number, if they are. log: on the disk before the checkpoint that says it is there.
     """
+    if RANK > 0:
+        return
+    more |= {} if pseudo is None else {"pseudo": pseudo.cpu()}
     momentum = {name: optimizer.state[p]["momentum_buffer"].cpu() for name, p in trained.items()}
     others = {name: p.detach().cpu() for name, p in trained.items() if not name.startswith("visual.")}
     log.sync()
@@ -202,6 +222,17 @@ class Log:
         """Have every row on the disk: OSError."""
         self.flush()
         os.fsync(self.file.fileno())
+
+
+def log_nonfinite(log, steps, per_epoch):
+    """Write a row for each of these steps, (number, flag, [image numbers, …]), whose flag is 0: its loss or gradient was not
+    finite. Returns their numbers. The flags are read, for which a GPU is waited for; all processes call this alike."""
+    finite = torch.stack([flag for _, flag, _ in steps]).tolist() if steps else []
+    bad = [(number, index) for (number, _, index), fine in zip(steps, finite) if not fine]
+    for number, index in bad:
+        images = sorted(sum(gathered(torch.cat(index).tolist()), []))
+        log.write({"step": number, "epoch": (number - 1) // per_epoch, "nonfinite": images})
+    return [number for number, _ in bad]
 
 
 # ---------------------------------------------------------------------------------------------- stopping gently

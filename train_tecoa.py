@@ -26,17 +26,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from attacks import image_keys, pgd
-from checkpoints import save_checkpoint
-from cli import (DTYPES, LAUNCH, RANK, WORLD, Parser, add_options, cadence, end_processes, environment,
-                 first_then_others, gathered, number, read_json, start_processes, writable_folder, write_json)
+from cli import (DTYPES, RANK, WORLD, Parser, add_options, cadence, end_processes, environment, first_then_others, gathered,
+                 number, settle_training, start_processes, writable_folder, write_json)
 from data import batches, load_task, on_device, task_names
 from eval_zeroshot import evaluate_tasks, pseudo_labels
 from kernels.contrastive_loss import contrastive_log_odds, contrastive_loss, cosine_logits, log_odds
 from kernels.pgd_step import to_float
-from model import ADAPTATIONS, ImageEncoder, adapt, image_size, load_clip, parts_of
+from model import (ImageEncoder, adapt, adaptation, adaptation_sizes, check_adaptation, check_gradients, image_size,
+                   load_clip, parts_of)
 from prompts import encode_head
 from report import at_chance, draw_examples, examples, markdown_table
-from resume import catch_signals, claim_folder, parse_resumable, restore, save_run, wishes
+from resume import (catch_signals, claim_folder, known_results, log_nonfinite, parse_resumable, restore, save_run,
+                    wishes)
 from sampling import few_shots, fingerprint, random_view, training_order
 
 # ---------------------------------------------------------------------------------------------- options
@@ -52,9 +53,10 @@ group.add_argument("--loss", choices=("tecoa", "ce", "coadv", "imgcoadv", "fare"
 group.add_argument("--labels", choices=("true", "pseudo"), default="true", help="pseudo: what the original CLIP takes the "
                    "clean images for (default: %(default)s)")
 group.add_argument("--shots", type=number(int, 1), metavar="K", help="adapt on K images of each class (default: on all)")
-group.add_argument("--adapt", default="full", help="what trains. full: the image encoder; partial: its last blocks, ln_post "
-                   "and proj; linear: proj (ce, coadv: the discarded readout alone); image-prompt: a border of pixels; "
-                   "token-prompt: tokens beside the patches; or image-prompt,token-prompt (default: %(default)s)")
+group.add_argument("--adapt", type=adaptation, default="full", help="what trains. full: the image encoder; partial: its "
+                   "last blocks, ln_post and proj; linear: proj (ce, coadv: the discarded readout alone); image-prompt: a "
+                   "border of pixels; token-prompt: tokens beside the patches; or image-prompt,token-prompt (default: "
+                   "%(default)s)")
 group.add_argument("--last-blocks", type=number(int, 1), metavar="N", help="of --adapt partial (default: 2)")
 group.add_argument("--border", type=number(int, 1), metavar="P", help="width of the image prompt in the model's pixels "
                    "(default: 30 of 224, in proportion; toy: 4)")
@@ -75,34 +77,12 @@ group.add_argument("--max-nonfinite", type=number(int, 1), default=1, metavar="N
 group.add_argument("--resume", nargs="?", const="", metavar="RUN", help="go on with the run in this folder, or from "
                    "its checkpoint; alone: with the run of this command line, if there is one (default: a new run)")
 args, checkpoint, again = parse_resumable(parser)
-args.model, args.norm = args.model or "toy", args.norm or "linf"
-if args.norm == "l2" and args.eps is None:
-    parser.error("--norm l2 needs --eps, in 1/255")
-toy, methods, finetuning_lr = args.model == "toy", sorted(args.adapt.split(",")), parser.by_model["lr"][args.model == "toy"]
-args.adapt = ",".join(methods)
-if args.adapt not in (*ADAPTATIONS, "image-prompt,token-prompt"):
-    parser.error(f"--adapt {args.adapt}: expected one of {', '.join(ADAPTATIONS)}, or image-prompt,token-prompt")
-for word, method in (("last_blocks", "partial"), ("border", "image-prompt"), ("tokens", "token-prompt")):
-    if vars(args)[word] is not None and method not in methods:
-        parser.error(f"--{word.replace('_', '-')} belongs to --adapt {method}, not to {args.adapt}")
-if args.labels == "pseudo" and args.loss in ("imgcoadv", "fare"):
-    parser.error(f"--labels pseudo: --loss {args.loss} uses no labels")
-if "prompt" in args.adapt or args.loss == "fare":                          # fare's distances are not in units of τ
-    parser.by_model["lr"] = (40, 10) if "prompt" in args.adapt else (1e-5, 2e-3)
-usual = {word: values[toy] for word, values in parser.by_model.items()} | {
-    "dataset": "toy" if toy else "imagenet", "norm": "linf", "step_size": None, "limit": None, "max_steps": None,
-    "accumulate": 1, "labels": "true", "shots": None, "last_blocks": None, "border": None, "tokens": None}
-args.dataset = args.dataset or usual["dataset"]
-args.pretrained = args.pretrained or (f"seed{args.seed}" if toy else None)
-parser.fill(args)
-unusual = [f"{word.replace('_', '')}{vars(args)[word]}" for word in usual if vars(args)[word] != usual[word]]
-args.step_size = args.step_size or (1 if not toy and args.norm == "linf" else 1.25 * args.eps / args.steps)
+methods, finetuning_lr, name = settle_training(parser, args)
 
 # ---------------------------------------------------------------------------------------------- data and model
 device = start_processes(parser, args)
 args.dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-name = "-".join([args.model.removeprefix("hf-hub:"), args.loss, args.adapt, *unusual, f"seed{args.seed}"])
-out = Path(args.out or "out/" + name.replace("/", "-").replace(":", "-").replace(",", "-"))
+out = Path(args.out or f"out/{name}")
 args.out = str(out)
 try:
     if args.batch_size % (WORLD * args.accumulate):
@@ -111,11 +91,8 @@ try:
     if args.loss == "imgcoadv" and args.batch_size == WORLD * args.accumulate:
         raise ValueError("--loss imgcoadv contrasts the images of a batch: one alone has no others")
     size = image_size(args.model, args.pretrained)
-    args.last_blocks = args.last_blocks or (2 if "partial" in methods else None)
-    args.border = args.border or (round(30 / 224 * size) if "image-prompt" in methods else None)
-    args.tokens = args.tokens or (5 if "token-prompt" in methods else None)
-    if args.border and 2 * args.border >= size:
-        raise ValueError(f"--border {args.border} leaves nothing inside, the model takes {size} pixels")
+    sizes = adaptation_sizes(methods, size, args.last_blocks, args.border, args.tokens)
+    vars(args).update(sizes)
     options = {"size": size, "data_root": args.data_root, "limit": args.limit}
     train = load_task(args.dataset, "train", **options)
     train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
@@ -126,26 +103,15 @@ try:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.images)} images of {args.dataset}")
     writable_folder(out)
     clip, tokenizer = first_then_others(lambda: load_clip(args.model, args.pretrained, device, args.seed))
-    if "linear" in methods and args.loss not in ("ce", "coadv") and clip.visual.proj is None:
-        raise ValueError(f"--adapt linear: the image encoder of {args.model} has no proj")
-    if "partial" in methods and args.last_blocks > len(clip.visual.transformer.resblocks):
-        raise ValueError(f"--last-blocks {args.last_blocks}: {args.model} has {len(clip.visual.transformer.resblocks)}")
-    made_of = fingerprint(train)
-    checkpoint, log = claim_folder(out, vars(args), checkpoint, again, made_of)
-    if RANK == 0 and not checkpoint:                                       # from here on there is something to go on from
-        save_checkpoint(out / "ckpt.pt", clip, vars(args), step=0, training={}, launch=LAUNCH)
+    check_adaptation(clip, methods, args.last_blocks, args.model, has_readout=args.loss in ("ce", "coadv"))
+    made_of, per_epoch = fingerprint(train), len(train.images) // args.batch_size      # the ragged last batch is left out
+    schedule_steps = args.epochs * per_epoch
+    total = min(schedule_steps, args.max_steps or schedule_steps)
+    checkpoint, log = claim_folder(out, vars(args), checkpoint, again, made_of, total, clip)
 except (ValueError, OSError) as error:
     parser.error(str(error))
-step, state = (checkpoint["step"], checkpoint["training"]) if checkpoint else (0, {})
-per_epoch = len(train.images) // args.batch_size                           # the ragged last batch is left out
-schedule_steps = args.epochs * per_epoch
-first, total = step, min(schedule_steps, args.max_steps or schedule_steps)
-if checkpoint and step >= total and (out / "results.json").exists():
-    print(f"{out} is finished, after step {step:,}: nothing to go on with")
-    end_processes()
-    sys.exit()
-if RANK == 0:
-    (out / "results.json").unlink(missing_ok=True)                         # it says that the run is over
+first, state = (checkpoint["step"], checkpoint["training"]) if checkpoint else (0, {})
+step = first
 
 encoder = ImageEncoder(clip, DTYPES[args.dtype])                           # F_θ: x [B,3,H,W] → z [B,D]
 scale = clip.logit_scale.exp().item()                                      # 1/τ, never trained
@@ -175,9 +141,7 @@ if RANK == 0:
           f"{len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, PGD-{args.steps}, {args.norm} "
           f"ε = {args.eps:g}/255.", flush=True)
 before_pictures = None
-(known, *_) = gathered(read_json(out / "results_before.json") if checkpoint and RANK == 0 else None)
-if known and {*known["tasks"], *known.get("adapted", ())} != {task.name for task in [*tasks, *held_out]}:
-    known = None                                                           # --data-root has others now
+known = known_results(out / "results_before.json", [*tasks, *held_out]) if checkpoint else None
 before, before_pictures = zero_shot_results("CLIP", known)
 if RANK == 0:
     if tasks:
@@ -280,8 +244,7 @@ elif args.loss == "pmg":
 
 # ---------------------------------------------------------------------------------------------- what trains
 readout = {} if net is encoder else {f"readout.{name}": p for name, p in net[1].named_parameters()}
-trained = {} if readout and args.adapt == "linear" else adapt(
-    encoder, methods, last_blocks=args.last_blocks, border=args.border, tokens=args.tokens, seed=args.seed)
+trained = {} if readout and args.adapt == "linear" else adapt(encoder, methods, seed=args.seed, **sizes)
 groups = [{"params": [*trained.values()], "peak": args.lr},                # no readout survives the rate of prompts
           {"params": [*readout.values()], "peak": finetuning_lr if "prompt" in args.adapt else args.lr}]
 trained |= readout
@@ -332,11 +295,8 @@ def say(text):
 def look_for_nonfinite():
     """Log the steps since the last call that were left out, and their images; the --max-nonfinite-th ends the run."""
     global skipped
-    finite = torch.stack([flag for _, flag, _ in fresh]).tolist() if fresh else []       # the GPU is waited for
-    for done, index in ((done, index) for (done, _, index), fine in zip(fresh, finite) if not fine):
+    for done in log_nonfinite(log, fresh, per_epoch):
         skipped += 1
-        images = sorted(sum(gathered(torch.cat(index).tolist()), []))
-        log.write({"step": done, "epoch": (done - 1) // per_epoch, "nonfinite": images})
         said = f"step {done} is left out, its loss or gradient is not finite; its images are in {out}/log.jsonl"
         if skipped >= args.max_nonfinite:
             say(f"stopped: {said}; ckpt.pt is from before. Is --lr too large, or --warmup too short?")
@@ -348,14 +308,12 @@ def look_for_nonfinite():
 def save():
     """Put on the disk all that the run goes on from; ends it if that cannot be done."""
     look_for_nonfinite()
-    more = {"data": made_of, "window": gathered(sums.tolist()), "skipped": skipped}
-    if RANK == 0:
-        try:
-            save_run(out, clip, vars(args), log, step, trained, optimizer, encoder.prompts(),
-                     **more | ({} if pseudo is None else {"pseudo": pseudo.cpu()}))
-        except OSError as error:
-            say(f"stopped after step {step}: {error}; what was saved before is whole: make room, then --resume {out}")
-            sys.exit(1)
+    try:
+        save_run(out, clip, vars(args), log, step, trained, optimizer, encoder.prompts(), data=made_of, skipped=skipped,
+                 window=gathered(sums.tolist()), pseudo=pseudo)
+    except OSError as error:
+        say(f"stopped after step {step}: {error}; what was saved before is whole: make room, then --resume {out}")
+        sys.exit(1)
 
 
 restore_signals = catch_signals()
@@ -404,10 +362,7 @@ for part, (x, y, index, errors) in enumerate(on_device(loader, device), 1):
     if not last:
         continue
     if step == first:
-        wrong = [name for name, p in [*net.named_parameters(), *clip.named_parameters(), *trained.items()]
-                 if (p.grad is not None) != any(p is q for q in trained.values())]
-        if wrong:
-            raise RuntimeError(f"meant to train but without a gradient, or the other way round: {wrong}")
+        check_gradients([*net.named_parameters(), *clip.named_parameters(), *trained.items()], [*trained.values()])
     norm = nn.utils.get_total_norm([p.grad for p in trained.values()])
     finite = torch.stack([norm, step_sums[0]]).isfinite().all().float()
     if WORLD > 1:

@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -94,12 +96,29 @@ def test_an_image_that_changes_is_read_as_it_is_now(kinds):
         path.write_bytes(png())
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(kinds):
-    task, path = kinds["folder"]
-    path.chmod(0)
-    with pytest.raises(Unreadable, match="Permission denied"):
+def test_no_permission():
+    """As a user whom permissions mean something to: root becomes nobody."""
+    root = Path(tempfile.mkdtemp())                                           # not under pytest's, which is root's alone
+    try:
+        for name in "ab":
+            (root / name).mkdir()
+            (root / name / "x.png").write_bytes(png())
+        for path in (root, *root.rglob("*")):
+            path.chmod(0o755)
+        task = load_task(f"folder:{root}", "val", size=8)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
         task.images[0]
+        os.seteuid(os.getuid())
+        (root / "a" / "x.png").chmod(0)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        with pytest.raises(Unreadable, match=f"^cannot decode {root}/a/x.png: Permission denied$"):
+            task.images[0]
+        assert task.images[1][2] == 1
+    finally:
+        os.seteuid(os.getuid())
+        shutil.rmtree(root)
 
 
 def test_a_damaged_image_in_a_cache_is_named(kinds):

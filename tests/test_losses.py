@@ -360,7 +360,7 @@ def test_labels_come_without_decoding_where_the_set_lists_them(tmp_path, monkeyp
 # ---------------------------------------------------------------------------------------------- options
 def test_bad_combinations_end_in_one_line(train, capsys, tmp_path, monkeypatch):
     for words, said in (
-            ("--adapt most", "--adapt most: expected one of full"), ("--adapt full,linear", "--adapt"),
+            ("--adapt most", "--adapt: most: expected one of full"), ("--adapt full,linear", "--adapt"),
             ("--adapt image-prompt,partial", "--adapt"), ("--adapt token-prompt,token-prompt", "--adapt"),
             ("--last-blocks 2", "belongs to --adapt partial"), ("--adapt token-prompt --border 3", "image-prompt"),
             ("--adapt image-prompt --tokens 3", "token-prompt"), ("--adapt partial --last-blocks 5", "toy has 4"),

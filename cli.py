@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 import kernels
+from images import Unreadable, printable
 
 RANK, WORLD, LOCAL = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))     # of torchrun --max-restarts, after a crash
@@ -24,11 +25,11 @@ LAUNCH = os.environ.get("TORCHELASTIC_RUN_ID", "")                  # of torchru
 def end_in_one_line(kind, error, trace):
     """sys.excepthook: what the machine or the user did ends in one line on stderr; a bug, in its traceback."""
     where = traceback.extract_tb(trace)[-1:]
-    said = " ".join(str(error).split())[:300] or kind.__name__
+    said = printable(" ".join(str(error).split()))[:300] or kind.__name__
     if issubclass(kind, KeyboardInterrupt):
         said = "interrupted"
-    elif kind.__name__ == "Unreadable" or re.search("DataLoader worker .*(killed by signal|exited unexpectedly)", said):
-        pass                                            # an image of images.py, or a worker
+    elif issubclass(kind, Unreadable) or re.search("DataLoader worker .*(killed by signal|exited unexpectedly)", said):
+        pass
     elif issubclass(kind, torch.OutOfMemoryError | MemoryError):
         said = f"out of memory: {said}; a smaller --batch-size needs less, in training --accumulate 2 as well"
     elif WORLD > 1 and issubclass(kind, RuntimeError) and ("gloo" in said or "NCCL" in said):
@@ -55,8 +56,7 @@ class Parser(argparse.ArgumentParser):
         self.by_model = {}
 
     def error(self, message):
-        line = "".join(c if c.isprintable() else " " for c in str(message))             # a path may hold anything
-        self.exit(2, f"{self.prog}{f' (process {RANK})' if RANK else ''}: {line}\n")
+        self.exit(2, f"{self.prog}{f' (process {RANK})' if RANK else ''}: {printable(message)}\n")
 
     def words(self, config):
         """The command line whose options are `config`, of a checkpoint: argparse shall check what a file says."""

@@ -5,7 +5,6 @@ import functools
 import io
 import os
 import stat
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -51,9 +50,9 @@ def unreadable(what, error):
 
 @functools.cache
 def say_once(text):
-    """Print a line on stderr, once, and in process 0 alone."""
+    """Print a line, once, and in process 0 alone; on stdout, stderr is for errors."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(text, flush=True)
 
 
 def patiently(read, *words):
@@ -175,7 +174,7 @@ def files_under(folder):
 
 class Folder(Images):
     """PATH/<class>/<image>, images as torchvision's ImageFolder finds them, but for hidden ones; how many files in them are
-    left out because of their names is said on stderr.
+    left out because of their names is said.
 
     ValueError, in one line: no such folder, or not a folder of that kind.
     """

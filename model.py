@@ -1,9 +1,7 @@
 """CLIP: loading one, the differentiable path from pixels to features, and which of its numbers an adaptation trains."""
 import argparse
-import functools
 import logging
 import math
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -15,11 +13,11 @@ from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTrans
 from torch import nn
 
 import toyworld
+from images import say_once
 
 
-@functools.cache
 def say_source(name, pretrained):
-    """Print, once, where open_clip takes what is not in the repository: weights, and some models' tokenizer."""
+    """Say, once, where open_clip takes what is not in the repository: weights, and some models' tokenizer."""
     if name.startswith("hf-hub:"):
         places = [f"huggingface.co/{name.removeprefix('hf-hub:')}"]
     else:
@@ -28,9 +26,8 @@ def say_source(name, pretrained):
         tokenizer = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
         places = [f"huggingface.co/{source['hf_hub'].strip('/')}" if source.get("hf_hub") else source.get("url"),
                   tokenizer and f"huggingface.co/{tokenizer} (tokenizer)"]
-    if any(places) and os.environ.get("RANK", "0") == "0":
-        print(f"{name} {pretrained or ''} is from {' and '.join(filter(None, places))}, or its copy in the cache",
-              flush=True)
+    if any(places):
+        say_once(f"{name} {pretrained or ''} is from {' and '.join(filter(None, places))}, or its copy in the cache")
 
 
 def image_size(name, pretrained=None):

@@ -18,8 +18,10 @@ from PIL import Image
 
 import toyworld
 from checkpoints import read_checkpoint
+from cli import write_json
+from data import Task
 from report import at_chance
-from resume import Log
+from resume import Log, known_results
 from sampling import training_order
 
 WORDS = ("--pretrained", "none", "--dataset", "digits", "--tasks", "colours", "--limit", 64, "--batch-size", 8, "--warmup",
@@ -104,7 +106,8 @@ def test_a_signal_finishes_the_step_saves_and_says_so(forks, whole, tmp_path, nu
     out = tmp_path / "run"
     pid = forks.start("train_tecoa.py", *WORDS, "--epochs", 3, "--save-every", "9m", "--out", out, out=tmp_path / "run")
     when(lambda: steps_done(out) >= 8)
-    os.kill(pid, number)
+    for _ in range(2):                                                           # torchrun passes on what all have got
+        os.kill(pid, number)
     assert forks.wait(pid) == 128 + number
     step, said = read_checkpoint(out / "ckpt.pt")["step"], Path(tmp_path / "run.stderr").read_text()
     assert f"{signal.Signals(number).name} after step {step} of 24, saved; go on with --resume {out}\n" in said
@@ -153,6 +156,10 @@ def test_every_loss_and_adaptation_goes_on_with_the_same_bits(forks, tmp_path, l
     rows = [[json.loads(line) | {"images_per_s": 0} for line in (folder / "log.jsonl").read_text().splitlines()]
             for folder in (one, other)]
     assert rows[0] == rows[1] and rows[0][-1]["step"] == 5
+    if loss == "imgcoadv":                                                       # other parts would be other negatives
+        _, stderr = forks.run("train_tecoa.py", "--resume", other / "ckpt-previous.pt", "--accumulate", 1, out=other,
+                              status=2)
+        assert "in 1 process(es), with --accumulate 2" in stderr
 
 
 def torchrun(processes, *words, restarts=0, script="train_tecoa.py", out):
@@ -262,6 +269,34 @@ def test_what_cannot_go_on_says_why(forks, whole, run_copy, tmp_path):
     assert before == {path: path.read_bytes() for path in run_copy.iterdir()}    # nothing was touched
     stdout, _ = forks.run("train_tecoa.py", "--resume", whole, out=tmp_path / "o")
     assert "is finished, after step 24" in stdout
+
+
+def test_a_restart_goes_on_with_its_own_launch_alone(run, tmp_path):
+    """Not with a run that an earlier torchrun finished, which would pass its numbers off as new ones."""
+    words = (*WORDS, "--tasks", "none", "--max-steps", 2, "--out", tmp_path)
+    run("train_tecoa.py", *words, TORCHELASTIC_RUN_ID="one")
+    for run_id, said in (("one", "is finished, after step 2"), ("two", "wrote ")):
+        done = run("train_tecoa.py", *words, TORCHELASTIC_RUN_ID=run_id, TORCHELASTIC_RESTART_COUNT="1")
+        assert said in done.stdout and "Going on" not in done.stdout
+
+
+def test_a_table_of_other_tasks_is_not_taken_over(tmp_path):
+    path, (a, b) = tmp_path / "results_before.json", (Task(name, None, [], "") for name in "ab")
+    assert known_results(path, [a]) is None
+    write_json(path, {"tasks": {"a": {}}, "adapted": {"b": {}}})
+    assert known_results(path, [a, b])["tasks"] == {"a": {}} and known_results(path, [a]) is None
+    path.write_text("half a fi")
+    assert known_results(path, [a, b]) is None
+
+
+def test_an_evaluation_does_not_go_on_with_other_images(forks, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    words = ("--pretrained", "none", "--tasks", f"folder:{tmp_path / 'photos'}", "--steps", 1, "--out", tmp_path / "e")
+    for said in ("wrote ", "going on: 60 of 60"):
+        assert said in forks.run("eval_zeroshot.py", *words, out=tmp_path / "o")[0]
+    next((tmp_path / "photos" / "val").rglob("*.png")).unlink()
+    _, stderr = forks.run("eval_zeroshot.py", *words, out=tmp_path / "o", status=2)
+    assert stderr.count("\n") == 1 and "are not those that" in stderr
 
 
 def test_one_run_at_a_time_in_a_folder(forks, tmp_path):

@@ -230,12 +230,12 @@ def test_what_is_left_out_of_a_folder_is_said_once(tmp_path, capsys, monkeypatch
         task = load_task(f"folder:{tmp_path}", "val", size=8)
         assert task.class_names == ["a", "b"] and [task.images.path(i) for i in range(len(task.images))] == [
             f"{tmp_path}/a/x.png", f"{tmp_path}/b/sub/x.png"]
-    assert capsys.readouterr().err == (f"2 files under {tmp_path} are left out, their names are not those of images: "
+    assert capsys.readouterr().out == (f"2 files under {tmp_path} are left out, their names are not those of images: "
                                        f"{tmp_path}/b/notes.txt, …\n")
     images.say_once.cache_clear()
     monkeypatch.setenv("RANK", "1")
     load_task(f"folder:{tmp_path}", "val", size=8)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_folders_that_are_not_one(tmp_path, monkeypatch):

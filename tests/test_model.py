@@ -139,6 +139,21 @@ def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
+def test_a_disk_with_room_for_two_checkpoints_loses_the_older(tmp_path, monkeypatch):
+    clip, real = toy(), torch.save
+    for step in (1, 2):
+        save_checkpoint(tmp_path / "ckpt.pt", clip, CONFIG, step=step)
+
+    def small(value, file):
+        if (tmp_path / "ckpt-previous.pt").exists():
+            raise RuntimeError("unexpected pos 64 vs 0")                # torch.save's words for a full disk
+        real(value, file)
+    monkeypatch.setattr(checkpoints.torch, "save", small)
+    save_checkpoint(tmp_path / "ckpt.pt", clip, CONFIG, step=3)
+    assert [read_checkpoint(tmp_path / name)["step"] for name in ("ckpt-previous.pt", "ckpt.pt")] == [2, 3]
+    assert len([*tmp_path.iterdir()]) == 2
+
+
 def test_wrong_checkpoints_are_refused_by_name(tmp_path):
     clip = toy()
     path = tmp_path / "ckpt.pt"

@@ -1,59 +1,51 @@
-"""Attacks: pure functions over tensors. They take a callable, and never see CLIP, files or options.
+"""The attacks: pure functions over tensors. They take a callable, and never see CLIP, files or options.
 
-    x_adv = pgd(loss_fn, x, y, eps=1/255, steps=2, step_size=1/255, keys=keys)          # to train with: the last iterate
-    x_adv, at = apgd(objective, x, y, eps=1/255, steps=100, keys=keys)                  # to evaluate with: any iterate
+    x_adv = pgd(objective, x, y, eps=1/255, steps=2, step_size=1/255, keys=keys)  # to train with
+    x_adv, at = apgd(objective, x, y, eps=1/255, steps=100, keys=keys)            # to evaluate with
 
-`pgd` ascends loss_fn(x, y) → [B]: pass the log-odds rather than the cross-entropy (kernels/contrastive_loss.py says why).
-The others ascend objective(x, y) → (loss [B], wrong bool [B]): an image that an iterate gets misclassified is broken, and
-leaves the batch at once. They return fp32 [B, ...] in [0,1] within eps of x, the iterate that broke the image or else the
-best that was found (`pgd_any`: the last), and int64 [B]: the number of that iterate, −1 where the image still stands.
-
-An attack differentiates the *sum* over the batch with respect to the pixels alone, so each image gets the result that it
-would get in any other batch; freeze the weights before. All randomness comes from `keys`, one number per image.
-"""
+`pgd` takes objective(x, y) → loss [B] and returns the last iterate. For the others it is → (loss [B], wrong
+bool [B]), and misclassified images stop early: x_adv is then the iterate that broke the image, at int64 [B]
+its number; or else x_adv is the best iterate (of `pgd_any` the last), at −1. x_adv [B, ...] is detached, in
+[0,1] and within eps of x; fp32, or fp64 for an x in fp64. Pass the log-odds: cross-entropy saturates. The
+*sum* over the batch is differentiated, with respect to the pixels alone: an image gets the same result in any
+batch. Freeze the weights before. All randomness comes from `keys`."""
 import math
+from functools import partial
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
 from kernels.pgd_step import l2_norm, pgd_step, project, to_float
 from kernels.random_start import GOLDEN, mix, random_start, uniform
 
 
 def image_keys(seed, round, index):
-    """One int64 key per image, from the seed, the epoch or restart, and the image's number in its data set [B].
-
-    The random start follows from it, and so depends on neither batch, process nor device.
-    """
-    index = index.to(torch.int64)
-    key = mix(torch.full_like(index, seed) + GOLDEN)                      # on the index's device: nothing waits for it
-    key = mix(key + round + GOLDEN)
-    return mix(key + index * GOLDEN)
+    """One int64 key an image [B], from the seed, the epoch or restart, and the images' numbers int64 [B]. The
+    random start follows from it, and so depends on neither batch, process nor device."""
+    key = mix(torch.full_like(index, seed) + GOLDEN)        # on the index's device: nothing waits for it
+    return mix(mix(key + round + GOLDEN) + index * GOLDEN)
 
 
-# ---------------------------------------------------------------------------------------------- what attacks ascend
 def margin(logits, y):
-    """max_{j≠y} s_j − s_y: [B] from logits [B, K] and labels int64 [B]. Above 0 the image is misclassified."""
+    """max_{j≠y} s_j − s_y: [B] from logits [B, K], labels int64 [B]. Above 0 the image is misclassified."""
     return logits.scatter(1, y[:, None], float("-inf")).amax(1) - logits.gather(1, y[:, None]).squeeze(1)
 
 
 def cw_margin(logits, y, kappa=50.0):
-    """Carlini & Wagner's margin as the paper uses it, −ReLU(s_y − max_{j≠y} s_j + κ): [B].
-
-    It stops growing once the best wrong class leads by κ (in logits), when the image is broken beyond doubt.
-    """
+    """Carlini & Wagner's −ReLU(s_y − max_{j≠y} s_j + κ): [B]. Being wrong by κ (in logits) is enough."""
     return -torch.relu(kappa - margin(logits, y))
 
 
 def dlr(logits, y, target=None):
     """The difference of logits ratio (Croce & Hein 2020, eq. 6), −(s_y − max_{j≠y} s_j) / (s_π1 − s_π3): [B].
 
-    s_π1 ≥ s_π2 ≥ … are the sorted logits. Shift and scale of the logits do not matter, so it cannot saturate. With target
-    classes int64 [B], eq. 7: −(s_y − s_t) / (s_π1 − ½(s_π3 + s_π4)). ValueError below three classes (targeted: four).
-    """
-    needed = 3 if target is None else 4
+    s_π1 ≥ s_π2 ≥ … are the sorted logits; their shift and scale do not matter, so it cannot saturate. With a
+    target int64 [B], eq. 7: −(s_y − s_t) / (s_π1 − ½(s_π3 + s_π4)). ValueError for K < 3, targeted K < 4."""
+    needed, name = (3, "DLR") if target is None else (4, "targeted DLR")
     if logits.shape[1] < needed:
-        raise ValueError(f"{'' if target is None else 'targeted '}DLR is undefined for fewer than {needed} classes, not for "
-                         f"{logits.shape[1]}: use the log-odds")
+        raise ValueError(f"{name} is undefined for fewer than {needed} classes, not for {logits.shape[1]}: "
+                         "use the log-odds")
     top = logits.topk(needed, 1).values
     if target is None:
         return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
@@ -61,24 +53,21 @@ def dlr(logits, y, target=None):
     return lead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-# ---------------------------------------------------------------------------------------------- projected gradient
-def pgd(loss_fn, x, y, *, eps, steps, step_size, norm="linf", keys=None):
-    """Projected gradient ascent on loss_fn (Madry et al. 2018); the last iterate, detached.
+def pgd(objective, x, y, *, eps, steps, step_size, norm="linf", keys=None):
+    """Projected gradient ascent on objective (Madry et al. 2018): the last iterate.
 
-    x: float [B, ...] in [0,1], or uint8; y: whatever loss_fn takes, which gets float x. eps, step_size: fractions of the
-    pixel range (linf) or L2 lengths (l2). keys: int64 [B] for a random start (`image_keys`); None starts at x.
-    The result lies in [0,1] and within eps of x; fp32, or fp64 for an x in fp64.
-    """
+    x: float [B, ...] in [0,1], or uint8; y: whatever objective takes, which gets float x. eps, step_size:
+    pixel fractions (linf) or L2 lengths (l2). keys: int64 [B] for a random start, None: starts at x."""
     x_adv = to_float(x) if keys is None else random_start(x, eps, norm, keys)
     for _ in range(steps):
         x_adv = x_adv.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(loss_fn(x_adv, y).sum(), x_adv)
+        (grad,) = torch.autograd.grad(objective(x_adv, y).sum(), x_adv)
         x_adv = pgd_step(x_adv.detach(), grad, x, eps, step_size, norm)
     return x_adv.detach()
 
 
 def ascent(objective, x_adv, y):
-    """(loss [B], wrong [B], ∂Σloss/∂x_adv), all detached."""
+    """(loss [B], wrong bool [B], ∂Σloss/∂x_adv [B, ...]), all detached."""
     x_adv = x_adv.detach().requires_grad_()
     with torch.enable_grad():
         loss, wrong = objective(x_adv, y)
@@ -86,102 +75,127 @@ def ascent(objective, x_adv, y):
     return loss.detach(), wrong, grad
 
 
-def pgd_any(objective, x, y, *, eps, steps, step_size, norm="linf", keys=None):
-    """`pgd` whose images leave at the first iterate, of steps + 1, that is misclassified: (x_adv, at)."""
-    x = to_float(x)
+def begin(x, eps, norm, keys):
+    """An attack's x as float, x_adv, and for all images result and at; places [B] of those that stand."""
+    x, standing = to_float(x), torch.arange(len(x), device=x.device)
     x_adv = x if keys is None else random_start(x, eps, norm, keys)
-    result, at, i = x_adv.clone(), torch.full((len(x),), -1, device=x.device), torch.arange(len(x), device=x.device)
-    for step in range(steps + 1):
-        if step < steps:
-            _, wrong, grad = ascent(objective, x_adv, y)
-        else:
-            with torch.no_grad():
-                wrong, grad = objective(x_adv, y)[1], x_adv
-        result[i], at[i[wrong]] = x_adv, step
-        i, x, y, x_adv, grad = (t[~wrong] for t in (i, x, y, x_adv, grad))
-        if not len(i):
-            break
-        if step < steps:
-            x_adv = pgd_step(x_adv, grad, x, eps, step_size, norm)
+    return x, x_adv, x_adv.clone(), torch.full_like(standing, -1), standing
+
+
+def pgd_any(objective, x, y, *, eps, steps, step_size, norm="linf", keys=None):
+    """`pgd`, but each of its steps + 1 iterates may break the image: (x_adv, at)."""
+    x, x_adv, result, at, standing = begin(x, eps, norm, keys)
+    for step in range(steps):
+        _, wrong, grad = ascent(objective, x_adv, y)
+        result[standing], at[standing[wrong]] = x_adv, step
+        standing, x, y, x_adv, grad = (t[~wrong] for t in (standing, x, y, x_adv, grad))
+        if not len(standing):
+            return result, at
+        x_adv = pgd_step(x_adv, grad, x, eps, step_size, norm)
+    with torch.no_grad():                                   # no step follows the last iterate
+        wrong = objective(x_adv, y)[1]
+    result[standing], at[standing[wrong]] = x_adv, steps
     return result, at
+
+
+def pgd_last(objective, x, y, *, steps, **options):
+    """`pgd`, whose last iterate alone may break the image: (x_adv, at), at is steps or −1."""
+    x_adv = pgd(lambda x, y: objective(x, y)[0], x, y, steps=steps, **options)
+    with torch.no_grad():
+        return x_adv, torch.where(objective(x_adv, y)[1], steps, -1)
+
+
+def apgd_checkpoints(steps):
+    """The steps w_j = ⌈p_j · steps⌉ after which APGD may halve its step size, p = 0.22, 0.41, 0.57, … < 1."""
+    shares = [0., .22]
+    while shares[-1] < 1:
+        shares.append(shares[-1] + max(shares[-1] - shares[-2] - .03, .06))
+    return {math.ceil(share * steps - 1e-9) for share in shares[1:] if share < 1}     # sums of rounded terms
 
 
 def apgd(objective, x, y, *, eps, steps, norm="linf", keys=None, alpha=.75, rho=.75):
-    """Auto-PGD (Croce & Hein 2020, algorithm 1): momentum, and step sizes of its own, from 2ε down: (x_adv, at).
+    """Auto-PGD (Croce & Hein 2020, algorithm 1): momentum, and its own step sizes, from 2ε down: (x_adv, at).
 
-    At the checkpoints w_j an image's step is halved, and it goes back to its best iterate, if the loss rose in fewer than
-    ρ of the steps since the last one, or if neither step nor best loss have changed since. Arguments as for `pgd_any`.
-    """
-    shares = [0., .22]                                                    # p_{j+1} = p_j + max(p_j − p_{j−1} − 0.03, 0.06)
-    while shares[-1] < 1:
-        shares.append(shares[-1] + max(shares[-1] - shares[-2] - .03, .06))
-    checkpoints = sorted({math.ceil(p * steps - 1e-9) for p in shares[1:] if p < 1})        # p is a sum of rounded terms
-    x, last = to_float(x), 0
-    x_adv = x if keys is None else random_start(x, eps, norm, keys)
-    result, at = x_adv.clone(), torch.full((len(x),), -1, device=x.device)
-    one = (-1,) + (1,) * (x.ndim - 1)                                     # [B] → [B, 1, ...]
-    # of each image still in: its place in the batch, its pixels now, before and at its best (with loss and gradient there),
-    # its step size, and of the time since the last checkpoint how often the loss rose, and what was so at its beginning
-    s = {"i": torch.arange(len(x), device=x.device), "x": x, "y": y, "x_adv": x_adv, "before": x_adv,
-         "size": x.new_full((len(x),), 2 * eps), "halved": torch.ones(len(x), dtype=torch.bool, device=x.device)}
+    At a checkpoint an image's step size is halved, and the image goes back to its best iterate, if
+    1. the loss rose in fewer than ρ of the steps since the last checkpoint, or
+    2. neither step size nor best loss have changed since then. Arguments as for `pgd_any`."""
+    x, x_adv, result, at, standing = begin(x, eps, norm, keys)
+    checkpoints, last = apgd_checkpoints(steps), 0
+    one = (-1, *(1,) * (x.ndim - 1))                        # [B] → [B, 1, ...]
+    # a row for each image that stands; all halved, so that condition 2 cannot hold at the first checkpoint
+    s = SimpleNamespace(standing=standing, x=x, y=y, x_adv=x_adv, previous=x_adv,
+                        step_size=x.new_full((len(x),), 2 * eps), halved=torch.ones_like(at).bool())
     for step in range(steps + 1):
         if step:
-            x, x_adv, before = s["x"], s["x_adv"], s["before"]
-            z = pgd_step(x_adv, s["grad"], x, eps, s["size"].view(one), norm)
-            a = alpha if step > 1 else 1.
-            s["before"], s["x_adv"] = x_adv, project(x_adv + a * (z - x_adv) + (1 - a) * (x_adv - before), x, eps, norm)
-        loss, wrong, s["grad"] = ascent(objective, s["x_adv"], s["y"])
+            moved = pgd_step(s.x_adv, s.grad, s.x, eps, s.step_size.view(one), norm)
+            a = alpha if step > 1 else 1.                   # no momentum yet: nothing came before
+            mixed = s.x_adv + a * (moved - s.x_adv) + (1 - a) * (s.x_adv - s.previous)
+            s.previous, s.x_adv = s.x_adv, project(mixed, s.x, eps, norm)
+        loss, wrong, s.grad = ascent(objective, s.x_adv, s.y)
         if step == 0:
-            s |= {"best": loss, "best_x": s["x_adv"], "best_grad": s["grad"], "best_then": loss, "loss": loss,
-                  "rises": torch.zeros_like(loss)}
-        s["rises"], s["loss"] = s["rises"] + (loss > s["loss"]), loss
-        better = loss > s["best"]
-        s["best"] = torch.where(better, loss, s["best"])
-        for name, now in (("best_x", s["x_adv"]), ("best_grad", s["grad"])):
-            s[name] = torch.where(better.view(one), now, s[name])
-        result[s["i"][wrong]], at[s["i"][wrong]] = s["x_adv"][wrong], step
-        if step in checkpoints:
-            halve = (s["rises"] < rho * (step - last)) | (~s["halved"] & (s["best"] == s["best_then"]))
-            s["size"] = torch.where(halve, s["size"] / 2, s["size"])
-            s["x_adv"] = torch.where(halve.view(one), s["best_x"], s["x_adv"])
-            s["grad"] = torch.where(halve.view(one), s["best_grad"], s["grad"])
-            s |= {"halved": halve, "best_then": s["best"], "rises": torch.zeros_like(loss)}
-            last = step
+            s.loss = s.best_loss = s.best_before = loss
+            s.best_x, s.best_grad, s.rises = s.x_adv, s.grad, torch.zeros_like(loss)
+        s.rises, s.loss = s.rises + (loss > s.loss), loss
+        better = loss > s.best_loss
+        s.best_loss = torch.where(better, loss, s.best_loss)
+        s.best_x = torch.where(better.view(one), s.x_adv, s.best_x)
+        s.best_grad = torch.where(better.view(one), s.grad, s.best_grad)
+        result[s.standing[wrong]], at[s.standing[wrong]] = s.x_adv[wrong], step
         if wrong.any():
-            s = {name: t[~wrong] for name, t in s.items()}
-        if not len(s["i"]):
+            s = SimpleNamespace(**{name: t[~wrong] for name, t in vars(s).items()})
+        if not len(s.standing):
             return result, at
-    result[s["i"]] = s["best_x"]
+        if step in checkpoints:
+            s.halved = (s.rises < rho * (step - last)) | (~s.halved & (s.best_loss == s.best_before))
+            s.step_size = torch.where(s.halved, s.step_size / 2, s.step_size)
+            s.x_adv = torch.where(s.halved.view(one), s.best_x, s.x_adv)
+            s.grad = torch.where(s.halved.view(one), s.best_grad, s.grad)
+            s.best_before, s.rises, last = s.best_loss, torch.zeros_like(s.rises), step
+    result[s.standing] = s.best_x
     return result, at
 
 
-# ---------------------------------------------------------------------------------------------- gradient-free
+# ------------------------------------------------------------------------------ without gradients: Square
 def square(objective, x, y, *, eps, queries, norm="linf", keys, p=.8):
-    """Square attack (Andriushchenko et al. 2020): random search that only ever asks for predictions: (x_adv, at).
+    """Square attack (Andriushchenko et al. 2020): random search that only asks for predictions: (x_adv, at).
 
-    Each query changes one square window of each image; what does not raise the loss is undone. Gradients that are masked
-    do not protect from it. The window's share p of the pixels shrinks as in the paper. x: uint8, or float in [0,1],
-    [B, C, H, W]; the loss should be `margin`. `at` counts queries.
-    """
-    x, (height, width) = to_float(x), x.shape[-2:]
-    result, at = x.clone(), torch.full((len(x),), -1, device=x.device)
-    i, best = torch.arange(len(x), device=x.device), x.new_full((len(x),), -math.inf)
-    x_adv, new = x, (stripes if norm == "linf" else chessboard)(x, eps, keys)
-    for query in range(queries):
+    Each query changes one square window of each image; what does not raise the loss is undone. The window's
+    share p of the pixels shrinks as in the paper. x [B, C, H, W]; the loss should be `margin`; `at` counts
+    queries. Masked gradients do not protect from it."""
+    x, x_adv, result, at, standing = begin(x, eps, norm, None)
+    start, propose = (stripes, change_window) if norm == "linf" else (chessboard, move_mass)
+    best_loss, proposal, (height, width) = x.new_full((len(x),), -math.inf), start(x, eps, keys), x.shape[-2:]
+    for query in range(1, queries + 1):
         with torch.no_grad():
-            loss, wrong = objective(new, y)
-        better = (loss > best) | wrong
-        best, x_adv = torch.where(better, loss, best), torch.where(better.view(-1, 1, 1, 1), new, x_adv)
-        result[i[wrong]], at[i[wrong]] = x_adv[wrong], query
-        i, x, y, x_adv, best, keys = (t[~wrong] for t in (i, x, y, x_adv, best, keys))
-        if not len(i):
+            loss, wrong = objective(proposal, y)
+        better = (loss > best_loss) | wrong
+        best_loss, x_adv = loss.where(better, best_loss), proposal.where(better.view(-1, 1, 1, 1), x_adv)
+        result[standing[wrong]], at[standing[wrong]] = x_adv[wrong], query - 1
+        standing, x, y, x_adv, best_loss, keys = (t[~wrong] for t in (standing, x, y, x_adv, best_loss, keys))
+        if not len(standing):
             break
-        halvings = sum(10_000 * (query + 1) / queries > n for n in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+        # p is halved at these of the paper's 10,000 queries; other numbers of queries are scaled to that
+        halvings = sum(10_000 * query / queries > n for n in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
         side = max(round(math.sqrt(p / 2 ** halvings * height * width)), 1)
-        u = uniform(keys, (5 + x.shape[1],), stream=query + 1)
-        new = (change_window if norm == "linf" else move_mass)(x_adv, x, eps, side, u)
-    result[i] = x_adv
+        proposal = propose(x_adv, x, eps, side, uniform(keys, (5 + x.shape[1],), stream=query))
+    result[standing] = x_adv
     return result, at
+
+
+# A proposal takes its chances from u, uniform in [0,1) [B, 5 + C]: the window's place 0:2, the other window's
+# place 2:4, whether the pattern is turned 4, and a sign for each channel 5:.
+def signs(u, like):
+    """−1 where u < ½, else 1."""
+    return torch.where(u < .5, -1., 1.).to(like.dtype)
+
+
+def window(place, side, x):
+    """A window at each image's place [B, 2] in [0,1): rows [B, H, 1] and columns [B, 1, W] counted from
+    it and clamped to it, and its mask [B, 1, H, W]."""
+    rows, columns = (torch.arange(n, device=x.device) - (t * (n - side + 1)).long()[:, None]
+                     for n, t in zip(x.shape[-2:], place.T))
+    r, c = rows.clamp(0, side - 1), columns.clamp(0, side - 1)
+    return r[:, :, None], c[:, None, :], ((r == rows)[:, :, None] & (c == columns)[:, None, :])[:, None]
 
 
 def stripes(x, eps, keys):
@@ -191,59 +205,43 @@ def stripes(x, eps, keys):
 
 def change_window(x_adv, x, eps, side, u):
     """Square's proposal in linf: a window of one colour, ±2ε a channel, projected."""
-    _, _, inside = window(u[:, 0], u[:, 1], min(side, *x.shape[-2:]), x)
-    return torch.where(inside, project(x_adv + 2 * eps * signs(u[:, 5:, None, None], x), x, eps, "linf"), x_adv)
+    *_, inside = window(u[:, :2], min(side, *x.shape[-2:]), x)
+    changed = project(x_adv + 2 * eps * signs(u[:, 5:, None, None], x), x, eps, "linf")
+    return torch.where(inside, changed, x_adv)
 
 
 def chessboard(x, eps, keys):
     """Square's start in l2: 5 × 5 bumps, each with a sign a channel, scaled to length ε."""
     side = max(min(x.shape[-2:]) // 5, 1)
-    rows, columns = (torch.arange(n, device=x.device) - (n - 5 * side) // 2 for n in x.shape[-2:])
-    inside = ((rows >= 0) & (rows < 5 * side))[:, None] & (columns >= 0) & (columns < 5 * side)
-    pattern = inside * bump(side, x)[(rows % side)[:, None], columns % side]
-    row, column = (t.div(side, rounding_mode="floor").clamp(0, 4) for t in (rows, columns))
-    return at_distance(pattern * signs(uniform(keys, (x.shape[1], 25)), x)[:, :, 5 * row[:, None] + column], x, eps)
+    board = torch.kron(signs(uniform(keys, (x.shape[1], 5, 5)), x), bump(side, x))
+    # in the middle; images below 5 pixels get its middle
+    rest = (n - 5 * side for n in (x.shape[-1], x.shape[-2]))
+    return at_distance(F.pad(board, [pad for n in rest for pad in (n // 2, n - n // 2)]), x, eps)
 
 
 def move_mass(x_adv, x, eps, side, u):
     """Square's proposal in l2: one window is emptied, and its squared length goes into a bump in another."""
     side, delta, tiny = min(max(side, 3) | 1, *x.shape[-2:]), x_adv - x, 1e-12
-    rows, columns, inside = window(u[:, 0], u[:, 1], side, x)
-    _, _, other = window(u[:, 2], u[:, 3], side, x)
-
-    def length(t):                                                        # of each channel [B, C, 1, 1]
-        return torch.linalg.vector_norm(t, dim=(2, 3), keepdim=True)
+    r, c, inside = window(u[:, :2], side, x)
+    *_, emptied = window(u[:, 2:4], side, x)
+    length = partial(torch.linalg.vector_norm, dim=(2, 3), keepdim=True)      # of each channel [B, C, 1, 1]
     turned = (u[:, 4] < .5)[:, None, None]
-    r, c = rows.clamp(0, side - 1)[:, :, None], columns.clamp(0, side - 1)[:, None, :]
     pattern = bump(side, x)[torch.where(turned, c, r), torch.where(turned, r, c)][:, None]
     added = inside * (pattern * signs(u[:, 5:, None, None], x) + delta / (length(delta * inside) + tiny))
     unused = (eps ** 2 - l2_norm(delta) ** 2).clamp(min=0) / x.shape[1]
-    budget = (unused + length(delta * (inside | other)) ** 2).sqrt()
-    return at_distance(torch.where(inside, added / (length(added) + tiny) * budget, delta * ~other), x, eps)
-
-
-def signs(u, like):
-    """−1 where u < ½, else 1."""
-    return torch.where(u < .5, -1., 1.).to(like.dtype)
-
-
-def window(u, v, side, x):
-    """A window at a place of each image's own: its rows [B, H] and columns [B, W] counted from it, its mask [B, 1, H, W]."""
-    rows, columns = (torch.arange(n, device=x.device) - (t * (n - side + 1)).long()[:, None]
-                     for n, t in zip(x.shape[-2:], (u, v)))
-    inside_rows, inside_columns = ((t >= 0) & (t < side) for t in (rows, columns))
-    return rows, columns, (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
+    budget = (unused + length(delta * (inside | emptied)) ** 2).sqrt()
+    return at_distance(torch.where(inside, added / (length(added) + tiny) * budget, delta * ~emptied), x, eps)
 
 
 def bump(side, like):
-    """Square's l2 pattern: two opposite bumps, Σ 1/k² over growing squares around each centre; unit length [side, side]."""
-    halves = []
-    for height in (side // 2, side - side // 2):
-        half = like.new_zeros(height, side)
-        for k in range(side // 2 + 1):
-            half[max(height // 2 - k, 0):height // 2 + k + 1, max(side // 2 - k, 0):side // 2 + k + 1] += 1 / (k + 1) ** 2
-        halves.append(half / half.norm())
-    both = torch.cat([halves[0], -halves[1]])
+    """Square's l2 pattern [side, side] of length 1: two opposite bumps, Σ 1/k² over squares around each."""
+    both, middle = like.new_zeros(side, side), side // 2
+    for half in (both[:middle], both[middle:]):
+        row = len(half) // 2
+        for k in range(middle + 1):
+            half[max(row - k, 0):row + k + 1, max(middle - k, 0):middle + k + 1] += 1 / (k + 1) ** 2
+        half /= half.norm()
+    both[middle:] *= -1
     return both / both.norm()
 
 

@@ -1,10 +1,11 @@
-"""CLIP: loading one, the differentiable path from pixels to features, and which of its numbers an adaptation trains."""
-import argparse
+"""CLIP: loading one, the differentiable path from pixels to features, what an adaptation trains."""
+import functools
 import logging
 import math
+import os
 import re
 import zipfile
-from pathlib import Path
+from contextlib import contextmanager
 
 import open_clip
 import torch
@@ -12,71 +13,67 @@ import torch.nn.functional as F
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
-import toyworld
-from images import say_once
+from kernels.contrastive_loss import contrast
+from toy import pretrain
 
 
+@functools.cache
 def say_source(name, pretrained):
-    """Say, once, where open_clip takes what is not in the repository: weights, and some models' tokenizer."""
+    """Print, once and in process 0 alone, where open_clip takes weights and some tokenizers from."""
     if name.startswith("hf-hub:"):
-        places = [f"huggingface.co/{name.removeprefix('hf-hub:')}"]
+        weights, tokenizer = {"hf_hub": name.removeprefix("hf-hub:")}, None
     else:
-        source = open_clip.get_pretrained_cfg(name, pretrained) if pretrained in (
-            open_clip.list_pretrained_tags_by_model(name)) else {}
+        weights = open_clip.get_pretrained_cfg(name, pretrained or "")
         tokenizer = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
-        places = [f"huggingface.co/{source['hf_hub'].strip('/')}" if source.get("hf_hub") else source.get("url"),
-                  tokenizer and f"huggingface.co/{tokenizer} (tokenizer)"]
-    if any(places):
-        say_once(f"{name} {pretrained or ''} is from {' and '.join(filter(None, places))}, or its copy in the cache")
+    source = f"huggingface.co/{weights['hf_hub'].strip('/')}" if weights.get("hf_hub") else weights.get("url")
+    places = " and ".join(filter(None, [source, tokenizer and f"huggingface.co/{tokenizer} (tokenizer)"]))
+    if places and os.environ.get("RANK", "0") == "0":
+        print(f"{name} {pretrained or ''} is from {places}, or its copy in the cache", flush=True)
+
+
+def check_pretrained(name, pretrained):
+    """ValueError if name or pretrained are unknown, or differ in QuickGELU, of which open_clip only warns."""
+    if name.startswith("hf-hub:"):
+        if pretrained:
+            raise ValueError(f"--pretrained {pretrained}: an hf-hub: model brings its own weights")
+        return
+    if name == "toy":
+        pretrain.register()
+        tags, known = "seed0, seed1, …", pretrained is None or re.fullmatch(r"seed[0-9]{1,10}", pretrained)
+    elif name in open_clip.list_models():
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        tags, known = ", ".join(tags), pretrained in tags
+    else:
+        raise ValueError(f"unknown model {name!r}: expected toy, hf-hub:ORG/REPO or a name from "
+                         "open_clip.list_models(), such as ViT-B-32-quickgelu")
+    if not (known or pretrained == "none" or pretrained and os.path.isfile(pretrained)):
+        raise ValueError(f"--pretrained {pretrained} for --model {name}: expected a file, none (random "
+                         f"weights) or one of {tags}")
+    if known and name != "toy":
+        quick = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
+        if quick != bool(open_clip.get_model_config(name).get("quick_gelu")):
+            how = f"with it, which is --model {name}-quickgelu" if quick else f"without it, but {name} has it"
+            raise ValueError(f"QuickGELU mismatch: the weights {pretrained} were trained {how}")
 
 
 def image_size(name, pretrained=None):
-    """The resolution of a CLIP in pixels; nothing is loaded yet, but the names are checked: ValueError.
-
-    They must be known, and agree on the activation: open_clip loads weights that were trained with QuickGELU into a
-    model without, and only warns.
-    """
-    if name == "toy":
-        toyworld.register()
-        known = ["seed0, seed1, …"]
-        found = pretrained is None or re.fullmatch(r"seed[0-9]{1,10}", pretrained)
-    elif name.startswith("hf-hub:"):
-        if pretrained:
-            raise ValueError(f"--pretrained {pretrained}: an hf-hub: model brings its own weights")
-        found = True
-    elif name not in open_clip.list_models():
-        raise ValueError(f"unknown model {name!r}: expected toy, hf-hub:ORG/REPO or a name from open_clip.list_models(), "
-                         "such as ViT-B-32-quickgelu")
-    else:
-        known = open_clip.list_pretrained_tags_by_model(name)
-        found = pretrained in known
-        if found:
-            trained = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
-            if trained != bool(open_clip.get_model_config(name).get("quick_gelu")):
-                raise ValueError(f"QuickGELU mismatch: the weights {pretrained} were trained "
-                                 + (f"with it, which is --model {name}-quickgelu" if trained else f"without it, but {name} "
-                                    "has it"))
-    if not (found or pretrained == "none" or pretrained and Path(pretrained).is_file()):
-        raise ValueError(f"--pretrained {pretrained} for --model {name}: expected a file, none (random weights) or one of "
-                         + ", ".join(known))
-    if name != "toy":
-        say_source(name, pretrained)
+    """The resolution of a CLIP in pixels. Nothing is loaded yet, but the names are checked: ValueError."""
+    check_pretrained(name, pretrained)
+    say_source(name, pretrained)
     try:
         return open_clip.get_model_config(name)["vision_cfg"]["image_size"]
-    except Exception as error:                                         # only a hub, whose client raises many kinds
+    except Exception as error:                  # only a hub can fail here; its client raises many kinds
         raise ValueError(f"cannot reach --model {name}: {' '.join(str(error).split())[:200]}") from None
 
 
 def refuse_damaged(path):
-    """ValueError if a file of PyTorch's, a zip, is cut short or a part has not its checksum: torch.load looks at none."""
+    """ValueError if a file of PyTorch's, a zip, is cut short or a part has not its checksum."""
     with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return
-    try:
-        with zipfile.ZipFile(path) as parts:
-            bad = parts.testzip()
-    except Exception as error:                                         # zipfile raises many kinds
-        raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:100]}") from None
+        zipped = file.read(2) == b"PK"
+        try:
+            bad = zipped and zipfile.ZipFile(file).testzip()
+        except Exception as error:              # zipfile raises many kinds
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())[:100]}") from None
     if bad:
         raise ValueError(f"{path} is damaged: its part {bad} does not have its checksum")
 
@@ -84,21 +81,20 @@ def refuse_damaged(path):
 def load_clip(name, pretrained=None, device="cpu", seed=0):
     """The frozen CLIP `name` in fp32 on device, and its tokenizer.
 
-    name: an open_clip model, `hf-hub:org/repo`, or `toy`. pretrained: an open_clip tag, a file (a state dict, alone,
-    as .safetensors or inside open_clip's training checkpoint), or `none` for random weights; for `toy` the tags are
-    seed0, seed1, … (trained here and cached on first use), and None is seed<seed>. Raises ValueError, in one line, if
-    it cannot be had, is not a ViT with a class token, or has not the activation that its weights were trained with.
-    """
+    name: an open_clip model, `hf-hub:org/repo`, or `toy`. pretrained: an open_clip tag, a file (a state dict,
+    alone, as .safetensors or inside open_clip's training checkpoint), or `none` for random weights, drawn by
+    the seed; of `toy` seed0, seed1, … (pretrained on first use), None: seed<seed>. ValueError if it cannot be
+    had, is not a ViT with a class token, or has not the activation of its weights."""
     image_size(name, pretrained)
-    if name == "toy" and not (pretrained == "none" or pretrained and Path(pretrained).is_file()):
-        pretrained = str(toyworld.pretrained_file(seed if pretrained is None else toyworld.seed_of(pretrained)))
-    if pretrained and Path(pretrained).is_file():
+    if name == "toy" and not (pretrained == "none" or pretrained and os.path.isfile(pretrained)):
+        pretrained = str(pretrain.pretrained_file(pretrain.seed_of(pretrained) if pretrained else seed))
+    if pretrained and os.path.isfile(pretrained):
         refuse_damaged(pretrained)
-    torch.manual_seed(seed)                                            # for random weights
-    logging.disable()                                                  # open_clip's own account of what it does
+    torch.manual_seed(seed)
+    logging.disable()                           # open_clip logs what it does
     try:
         clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
-    except Exception as error:                                         # open_clip raises many kinds, some over many lines
+    except Exception as error:                  # open_clip raises many kinds, some over many lines
         said = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"cannot load --model {name} --pretrained {pretrained}: {said}") from None
     finally:
@@ -113,79 +109,71 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
 def are_openai_weights(state):
     """Whether a CLIP's text tower, {open_clip's name: tensor}, is OpenAI's, which was trained with QuickGELU.
 
-    No state dict says its activation, but OpenAI's files have a mark of their own (an observation of ours): the linear
-    weights are stored in half precision and the token embedding in single. ViT-B-32.pt shows it by its 354 MB: 151 M
-    parameters at 2 bytes, and 2 more for the 25 M of the embedding. So, whatever type they were saved in since, the
-    linear weights are numbers that fp16 holds exactly and the embedding is not. Weights trained elsewhere have fp32
-    masters in both. A file that was rounded to fp16 as a whole tells nothing. The text tower, because TeCoA freezes it.
-    """
-    linear = [t for name, t in state.items() if t.ndim == 2 and re.match(r"(text\.)?transformer\.resblocks\..*weight", name)]
-    embedding = [t for name, t in state.items() if re.fullmatch(r"(text\.)?token_embedding\.weight", name)]
+    No state dict says its activation, but OpenAI's files have a mark of their own (an observation of ours):
+    linear weights in half precision, the token embedding in single. So, whatever type they were saved in
+    since, fp16 holds the first exactly and not the second. Others have fp32 masters of both; a file that was
+    rounded as a whole tells nothing. The text tower, because TeCoA freezes it."""
+    matrices = {name.removeprefix("text."): t for name, t in state.items() if t.ndim == 2}
+    linear = [t for name, t in matrices.items() if re.match(r"transformer\.resblocks\..*weight", name)]
+    embedding = [t for name, t in matrices.items() if name == "token_embedding.weight"]
     half = [all(torch.equal(t.float(), t.half().float()) for t in tensors) for tensors in (linear, embedding)]
     return bool(linear and embedding) and half == [True, False]
 
 
 def refuse_openai_weights_without_quickgelu(clip, state, source, name):
-    """ValueError, naming the source, if `state` is OpenAI's and clip, an open_clip `name`, computes another activation.
-
-    Not the other way around: MetaCLIP and DFN used QuickGELU as well.
-    """
-    quick = any(isinstance(module, QuickGELU) for module in clip.visual.modules())
-    if not quick and are_openai_weights(state):
-        raise ValueError(f"QuickGELU mismatch: the text encoder of {source} is OpenAI's, trained with QuickGELU, which "
-                         f"--model {name} lacks: take --model {name}-quickgelu")
+    """ValueError, naming the source, if `state` is OpenAI's and clip, an open_clip `name`, computes another
+    activation. Not the other way around: MetaCLIP and DFN used QuickGELU as well."""
+    if QuickGELU not in map(type, clip.visual.modules()) and are_openai_weights(state):
+        raise ValueError(f"QuickGELU mismatch: the text encoder of {source} is OpenAI's, trained with "
+                         f"QuickGELU, which --model {name} lacks: take --model {name}-quickgelu")
 
 
+# ------------------------------------------------------------------------------ pixels → features
 def run_block(block, x, count=None):
-    """open_clip's residual attention block on tokens x [B, N, width] → the first `count` of its outputs (None: all).
-
-    The block's own forward computes all, and puts the tokens before the batch, where a product with frozen weights
-    falls apart into N small ones.
-    """
-    attention, h = block.attn, block.ln_1(x)
-    weight, bias, width, heads = attention.in_proj_weight, attention.in_proj_bias, x.shape[2], attention.num_heads
+    """open_clip's attention block on tokens x [B, N, width] → the first `count` of its outputs (None: all).
+    Its own forward puts the tokens before the batch: a product with frozen weights falls apart into N."""
+    attention, width, h = block.attn, x.shape[2], block.ln_1(x)
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
     q = F.linear(h[:, :count], weight[:width], bias[:width])
     k, v = F.linear(h, weight[width:], bias[width:]).chunk(2, -1)
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))                 # [B, heads, N, width/heads]
+    q, k, v = (t.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B,heads,N,…]
     h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     x = x[:, :count] + block.ls_1(attention.out_proj(h))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 class ImageEncoder(nn.Module):
-    """F_θ, the differentiable path from pixels to features: resize, normalise, patch embedding, blocks, projection.
+    """F_θ, from pixels to features: resize, normalise, patch embedding, blocks, projection.
 
-    forward: x fp32 [B, 3, H, W] in [0,1], at the data set's own resolution, or fp32 [B, h·w, 3·p·p] from `patchify`
-    → z fp32 [B, D], not normalised.
-    Everything up to the tokens is fp32, because bf16 rounds a pixel by up to half of 1/255; the blocks run in `dtype`.
+    forward: x fp32 [B, 3, H, W] in [0,1], at the data set's own resolution, or fp32 [B, h·w, 3·p·p] from
+    `patchify` → z fp32 [B, D], not normalised. Everything up to the tokens is fp32, because bf16 rounds a
+    pixel by up to half of 1/255; the blocks run in `dtype`.
 
-    prompts: visual prompts, {"border": [1, 3, S, S], "tokens": [L, width]}, either or both. The border (zero inside) is
-    added after resize and normalisation and not clipped, S being the model's resolution; the tokens follow the patches,
-    before ln_pre, without positions, the same for every image. Both are frozen parameters of this module; of the border
-    only the pixels that are not zero, so that its inside can never change.
-    """
+    prompts: visual prompts, {"border": [1, 3, S, S], "tokens": [L, width]}, either or both; S is the model's
+    resolution. The border, zero inside, is added after resize and normalisation and not clipped. The tokens
+    follow the patches, before ln_pre, without positions, the same for every image. Both are frozen parameters
+    of this module; of the border only the pixels that are not zero, so that its inside can never change."""
 
     def __init__(self, clip, dtype=torch.float32, prompts=None):
         super().__init__()
         self.visual, self.dtype = clip.visual, dtype
-        device = clip.logit_scale.device
-        statistics = clip.visual.preprocess_cfg                        # of the loaded weights: CLIP's, not ImageNet's
-        area = math.prod(clip.visual.patch_size)
-        for name in ("mean", "std"):                                   # [3·p·p], of each pixel of a patch
-            columns = torch.tensor(statistics[name], device=device).repeat_interleave(area)
+        for name in ("mean", "std"):            # of each number in a patch, [3·p·p]: CLIP's, not ImageNet's
+            channels = torch.tensor(clip.visual.preprocess_cfg[name], device=clip.logit_scale.device)
+            columns = channels.repeat_interleave(math.prod(clip.visual.patch_size))
             self.register_buffer(name, columns, persistent=False)
         self.set_prompts(**prompts or {})
 
     def set_prompts(self, border=None, tokens=None):
         """Take these visual prompts, [1, 3, S, S] and [L, width], in place of those that were there."""
-        frame = None
-        if border is not None:
-            pixels = border[0].flatten(1)                              # [3, S·S]
-            frame = pixels.any(0).nonzero()[:, 0]                      # which of them, [n]
-            border, frame = pixels[:, frame], frame.to(self.mean.device)                        # [3, n]
+        frame, device = None, self.mean.device
+        if border is not None:                  # its n pixels that are not zero: numbers [n], values [3, n]
+            pixels = border[0].flatten(1)
+            frame = pixels.any(0).nonzero()[:, 0]
+            border, frame = pixels[:, frame], frame.to(device)
         self.register_buffer("frame", frame, persistent=False)
         for name, prompt in (("border", border), ("tokens", tokens)):
-            prompt = None if prompt is None else nn.Parameter(prompt.float().to(self.mean.device), requires_grad=False)
+            if prompt is not None:
+                prompt = nn.Parameter(prompt.float().to(device), requires_grad=False)
             self.register_parameter(name, prompt)
 
     def whole_border(self):
@@ -200,26 +188,25 @@ class ImageEncoder(nn.Module):
         return {name: prompt.detach().cpu().clone() for name, prompt in found.items() if prompt is not None}
 
     def patchify(self, x):
-        """[B, 3, H, W] → [B, h·w, 3·p·p], any dtype: what the patch embedding multiplies. H, W: the model's own.
-
-        An attack that stays in this layout never rearranges a pixel: its gradient comes out of a matrix product just
-        as its next input goes into one.
-        """
+        """[B, 3, S, S] → [B, h·w, 3·p·p], any dtype: what the patch embedding multiplies; an attack in this
+        layout never rearranges a pixel. Images of another size stay as they are: `forward` resizes."""
+        if x.shape[-2:] != self.visual.image_size:
+            return x
         (h, w), (p, q) = self.visual.grid_size, self.visual.patch_size
         return x.reshape(len(x), 3, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(len(x), h * w, 3 * p * q)
 
     def forward(self, x):
         visual, device = self.visual, x.device.type
         with torch.autocast(device, enabled=False):
-            if x.ndim == 4:
-                if x.shape[-2:] != visual.image_size:
-                    x = F.interpolate(x, visual.image_size, mode="bicubic", antialias=True)
-                x = self.patchify(x)
-            # conv1((x − mean) / std): its stride is its size, so it is a product; normalising goes into its weights
-            weight = visual.conv1.weight.flatten(1) / self.std                                  # [width, 3·p·p]
-            patches = F.linear(x, weight, -(weight * self.mean).sum(1))                         # [B, h·w, width]
-            if self.border is not None:                                # conv1 is linear: the same for every image
-                patches = patches + F.linear(self.patchify(self.whole_border()), visual.conv1.weight.flatten(1))
+            if x.ndim == 4 and x.shape[-2:] != visual.image_size:
+                x = F.interpolate(x, visual.image_size, mode="bicubic", antialias=True)
+            x = self.patchify(x)                # patches stay as they are
+            # conv1((x − mean) / std): its stride is its size: a product; normalising goes into its weights
+            conv1 = visual.conv1.weight.flatten(1)                      # [width, 3·p·p]
+            weight = conv1 / self.std
+            patches = F.linear(x, weight, -(weight * self.mean).sum(1))          # [B, h·w, width]
+            if self.border is not None:         # conv1 is linear: what it adds is the same for every image
+                patches = patches + F.linear(self.patchify(self.whole_border()), conv1)
             first = visual.class_embedding.expand(len(x), 1, -1)
             tokens = torch.cat([first, patches], 1) + visual.positional_embedding
             if self.tokens is not None:
@@ -228,51 +215,71 @@ class ImageEncoder(nn.Module):
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             blocks = visual.transformer.resblocks
             if all(type(block) is ResidualAttentionBlock for block in blocks):
-                for block in blocks:                                   # the features are the class token's, and of the
-                    tokens = run_block(block, tokens, 1 if block is blocks[-1] else None)   # last block nothing else is used
+                for block in blocks:            # of the last block only the class token is used
+                    tokens = run_block(block, tokens, 1 if block is blocks[-1] else None)
             else:
                 tokens = visual.transformer(tokens)
             z = visual.ln_post(tokens[:, 0])
-            if visual.proj is not None:
-                z = z @ visual.proj
-        return z.float()
+            return (z if visual.proj is None else z @ visual.proj).float()
 
 
+@torch.no_grad()
+def predict(encoder, head, logit_scale, x):
+    """The class of each image x fp32 [B, 3, H, W], int64 [B]; −1: NaN. head: unit rows [K, D]."""
+    z = encoder(x)
+    best = contrast(z, head, z.new_zeros(len(z), dtype=torch.int64), logit_scale)[1]    # whatever the labels
+    return torch.where(z.isfinite().all(1), best, -1)
+
+
+@contextmanager
+def full_precision(encoder):
+    """Inside, an ImageEncoder computes in fp32, without TF32: what is reported comes from an fp32 forward."""
+    before = encoder.dtype, torch.get_float32_matmul_precision()
+    encoder.dtype = torch.float32
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        encoder.dtype = before[0]
+        torch.set_float32_matmul_precision(before[1])
+
+
+# ------------------------------------------------------------------------------ what trains
 ADAPTATIONS = ("full", "partial", "linear", "image-prompt", "token-prompt")
 
 
-def adaptation(text):
-    """An argparse type: one of ADAPTATIONS, or both prompts, in alphabetical order."""
-    methods = ",".join(sorted(text.split(",")))
-    if methods not in (*ADAPTATIONS, "image-prompt,token-prompt"):
-        raise argparse.ArgumentTypeError(f"{text}: expected one of {', '.join(ADAPTATIONS)}, or image-prompt,token-prompt")
-    return methods
-
-
-def adaptation_sizes(methods, size, last_blocks, border, tokens):
-    """{"last_blocks", "border", "tokens"}: as given, or the defaults of `methods` for a model of `size` pixels; None where
-    they play no part. ValueError: the border covers everything."""
-    border = border or (round(30 / 224 * size) if "image-prompt" in methods else None)
-    if border and 2 * border >= size:
-        raise ValueError(f"--border {border} leaves nothing inside, the model takes {size} pixels")
-    return {"last_blocks": last_blocks or (2 if "partial" in methods else None), "border": border,
-            "tokens": tokens or (5 if "token-prompt" in methods else None)}
-
-
-def check_adaptation(clip, methods, last_blocks, name, has_readout):
-    """ValueError: the image encoder of clip, an open_clip `name`, has not what the methods train."""
-    if "linear" in methods and not has_readout and clip.visual.proj is None:
+def check_adaptation(clip, methods, name, *, last_blocks, border, linear_head):
+    """ValueError if the image encoder of clip, an open_clip `name`, lacks what the methods train, or `border`
+    covers all of an image. linear_head: whether the loss trains one, which is then what `linear` means."""
+    visual, blocks, size = clip.visual, len(clip.visual.transformer.resblocks), clip.visual.image_size[0]
+    if "linear" in methods and not linear_head and visual.proj is None:
         raise ValueError(f"--adapt linear: the image encoder of {name} has no proj")
-    if "partial" in methods and last_blocks > len(clip.visual.transformer.resblocks):
-        raise ValueError(f"--last-blocks {last_blocks}: {name} has {len(clip.visual.transformer.resblocks)}")
+    if "partial" in methods and last_blocks > blocks:
+        raise ValueError(f"--last-blocks {last_blocks}: {name} has {blocks}")
+    if "image-prompt" in methods and 2 * border >= size:
+        raise ValueError(f"--border {border} leaves nothing inside, the model takes {size} pixels")
 
 
-def check_gradients(parameters, trained):
-    """RuntimeError, with their names, if some of parameters, (name, parameter) pairs, have a gradient and are not among
-    `trained`, or are and have none."""
-    wrong = [name for name, p in parameters if (p.grad is not None) != any(p is q for q in trained)]
-    if wrong:
-        raise RuntimeError(f"meant to train but without a gradient, or the other way round: {wrong}")
+def adapt(encoder, methods, *, last_blocks=2, border=30, tokens=5, seed=0):
+    """{name: parameter} of encoder that the methods train (Mao et al. 2023, Figure 2); it gets their prompts.
+
+    full: every parameter of the image encoder. partial: the last `last_blocks` blocks, ln_post and proj.
+    linear: proj alone. image-prompt: a border of `border` pixels; token-prompt: `tokens` tokens; both drawn
+    from normal(0, 1) by the seed, alone or together. A size that plays no part may be None."""
+    visual, gen, prompts = encoder.visual, torch.Generator().manual_seed(seed), {}
+    if "image-prompt" in methods:
+        prompts["border"] = torch.randn(1, 3, *visual.image_size, generator=gen)
+        prompts["border"][:, :, border:-border, border:-border] = 0
+    if "token-prompt" in methods:
+        prompts["tokens"] = torch.randn(tokens, visual.conv1.out_channels, generator=gen)
+    if prompts:
+        encoder.set_prompts(**prompts)
+    blocks = [f"visual.transformer.resblocks.{i}." for i in range(len(visual.transformer.resblocks))]
+    starts = {"full": ["visual."], "linear": ["visual.proj"], "image-prompt": ["border"],
+              "partial": [*blocks[-(last_blocks or 0):], "visual.ln_post.", "visual.proj"],
+              "token-prompt": ["tokens"]}
+    wanted = tuple(start for method in methods for start in starts[method])
+    return {name: p for name, p in encoder.named_parameters() if name.startswith(wanted)}
 
 
 def parts_of(names):
@@ -282,24 +289,12 @@ def parts_of(names):
     return ", ".join(parts if len(parts) < 8 else [*parts[:4], "…", *parts[-3:]])
 
 
-def adapt(encoder, methods, *, last_blocks=2, border=30, tokens=5, seed=0):
-    """{name: parameter of encoder} that the methods train (Mao et al. 2023, Figure 2); they give it the prompts they need.
+def freeze(module):
+    """Before the inner maximisation: no parameter of the module gets a gradient, the pixels alone do."""
+    module.requires_grad_(False)
 
-    full: every parameter of the image encoder. partial: the last `last_blocks` transformer blocks, ln_post and proj, by
-    name: the last tensors of a state dict would not have proj among them. linear: proj alone. image-prompt: a border of
-    `border` pixels; token-prompt: `tokens` tokens; both drawn from normal(0, 1) by the seed, and trained together or alone.
-    """
-    visual, gen, prompts = encoder.visual, torch.Generator().manual_seed(seed), {}
-    if "image-prompt" in methods:
-        prompts["border"] = torch.randn(1, 3, *visual.image_size, generator=gen)
-        prompts["border"][:, :, border:-border, border:-border] = 0
-    if "token-prompt" in methods:
-        prompts["tokens"] = torch.randn(tokens, visual.conv1.out_channels, generator=gen)
-    if prompts:
-        encoder.set_prompts(**prompts)
-    blocks = len(visual.transformer.resblocks)
-    last = [f"visual.transformer.resblocks.{i}." for i in range(blocks)][-(last_blocks or 0):]
-    starts = {"full": ["visual."], "partial": [*last, "visual.ln_post.", "visual.proj"], "linear": ["visual.proj"],
-              "image-prompt": ["border"], "token-prompt": ["tokens"]}
-    wanted = tuple(start for method in methods for start in starts[method])
-    return {name: p for name, p in encoder.named_parameters() if name.startswith(wanted)}
+
+def unfreeze(parameters):
+    """Before the outer minimisation: of a frozen network exactly these {name: parameter} get a gradient."""
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)

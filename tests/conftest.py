@@ -1,6 +1,7 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,14 +35,14 @@ def triton_on(request):
 
 @pytest.fixture(scope="session")
 def run():
-    """run(script, *words) → CompletedProcess of a real command in the repository; processes=N for torchrun."""
+    """run(script, *words) → CompletedProcess of a real command in the repository; processes=N: torchrun."""
     def call(script, *words, processes=1, cwd=ROOT, status=0, **environment):
         start = [sys.executable] if processes == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                                     "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"} | environment
-        done = subprocess.run([*start, script, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=300,
-                              env=environment)
+        done = subprocess.run([*start, script, *map(str, words)], cwd=cwd, capture_output=True, text=True,
+                              timeout=300, env=environment)
         assert done.returncode == status, done.stderr[-3000:]
         return done
     return call
@@ -70,5 +71,30 @@ def once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small_clip(once):
     """A file with a toy CLIP that is pretrained for 200 steps: it knows colours, and some shapes."""
-    import toyworld
-    return once("toy200.pt", lambda path: torch.save(toyworld.pretrain(0, steps=200).state_dict(), path))
+    from toy.pretrain import pretrain
+    return once("toy200.pt", lambda path: torch.save(pretrain(0, steps=200, threads=1).state_dict(), path))
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """See tests/forks.py."""
+    from forks import Forks
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def whole(forks, once):
+    """The folder of a run of 24 steps that nothing happened to."""
+    from runs import WORDS
+    words = (*WORDS, "--epochs", 3, "--save-every", 5, "--out")
+    return once("whole", lambda out: forks.run("train_tecoa.py", *words, out, out=out))
+
+
+@pytest.fixture
+def run_copy(whole, tmp_path):
+    """A copy of the whole run as if it had been killed just before its last table."""
+    shutil.copytree(whole, tmp_path / "copy")
+    (tmp_path / "copy" / "results.json").unlink()
+    return tmp_path / "copy"

@@ -1,0 +1,153 @@
+"""What an attack finds depends on how it is written: on precision, objective, implementation.
+
+    python paper.py precision        # what PGD finds in fp32, bf16 and fp16: ten minutes, most of them fp16's
+    python paper.py attacks          # the attacks, each other's and torchattacks': five minutes
+
+Both write a table to results/: no figures of the paper, but what its numbers, and anybody's, rest on."""
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from attacks import image_keys, pgd
+from eval_zeroshot import AUTOATTACK, run_attacks
+from harness.checkpoints import load_visual, read_checkpoint
+from harness.files import ROOT, source_version
+from harness.processes import DTYPES
+from harness.reports import in_pipes
+from kernels.contrastive_loss import contrast, contrastive_log_odds, cosine_logits
+from kernels.pgd_step import to_float
+from model import ImageEncoder, load_clip
+from prompts import encode_head
+from tasks.task import load_task, task_names
+
+RESULTS = ROOT / "results"
+EPS, STEP_SIZE, LOGIT_SCALE = 8 / 255, 2 / 255, 100.
+
+
+def write(name, title, said, table):
+    text = f"# {title}\n\n{said}\n\n{in_pipes(table)}\n"
+    (RESULTS / name).write_text(text)
+    print(f"{text}\nwrote results/{name}")
+
+
+# ---------------------------------------------------------------------------------------- precision
+OBJECTIVES = {"log-odds": contrastive_log_odds, "cross-entropy": lambda z, head, y, logit_scale:
+              F.cross_entropy(cosine_logits(z, head, logit_scale), y, reduction="none")}
+
+
+def fates(clip, tasks, heads, dtype, objective, logit_scale):
+    """Under PGD-10 on the objective, blocks in dtype: whether each image is classified rightly clean, and
+    attacked as well [2, N], in fp32; and whether its gradient is 0 [N]."""
+    encoder, judge, found, zeros = ImageEncoder(clip, dtype), ImageEncoder(clip), [], []
+    for task, head in zip(tasks, heads):
+        x, y, index = torch.utils.data.default_collate(list(task.images))
+        x = to_float(x)
+
+        def loss(x, y, head=head):
+            return objective(encoder(x), head, y, logit_scale)
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(loss(leaf, y).sum(), leaf)
+        zeros.append((grad == 0).flatten(1).all(1))
+        x_adv = pgd(loss, x, y, eps=EPS, steps=10, step_size=STEP_SIZE, keys=image_keys(0, 0, index))
+        with torch.no_grad():
+            clean, adversarial = (contrast(judge(images), head, y, 1.)[1] == y for images in (x, x_adv))
+        found.append(torch.stack([clean, clean & adversarial]))
+    return torch.cat(found, 1), torch.cat(zeros)
+
+
+def precision(limit=100):
+    """Write results/precision.md: PGD-10 on the plain toy CLIP (seed 0), its gradients computed in three
+    precisions at three logit scales, following the log-odds or the cross-entropy."""
+    clip, tokenizer = load_clip("toy", "seed0")
+    tasks = [load_task(name, "val", limit=limit) for name in task_names("all", "toy")]
+    heads = [encode_head(clip, tokenizer, task.class_names, task.template) for task in tasks]
+    scales = 20, 100, 1000
+    settings = tqdm([*product(DTYPES, OBJECTIVES, scales)], desc="precision", unit="attack")
+    found = {(dtype, name, scale): fates(clip, tasks, heads, DTYPES[dtype], OBJECTIVES[name], scale)
+             for dtype, name, scale in settings}
+    usual, _ = found["fp32", "log-odds", 100]
+
+    def cell(fates, zeros):
+        values = fates[1], fates[1] == usual[1], zeros
+        return "{:.1f} ({:.1f}, {:.1f})".format(*(100 * value.float().mean() for value in values))
+    write("precision.md", "What PGD-10 finds, by precision, objective and logit scale",
+          f"`python paper.py precision`, toy CLIP seed 0, {usual.shape[1]} images of {len(tasks)} tasks, "
+          f"linf ε = 8/255, PyTorch {torch.__version__}. Clean accuracy {100 * usual[0].float().mean():.1f} "
+          "%. Robust accuracy (%), judged in fp32; in brackets the images (%) whose fate is the one that "
+          "they have under the log-odds in fp32 at scale 100, and those (%) whose gradient is exactly zero "
+          "in every pixel.", [["blocks in", "attack follows", *(f"scale {scale}" for scale in scales)],
+                              ["---", "---", "--:", "--:", "--:"],
+                              *([*way, *(cell(*found[(*way, scale)]) for scale in scales)]
+                                for way in product(DTYPES, OBJECTIVES))])
+
+
+# ---------------------------------------------------------------------------------------- attacks
+def attack_task(clip, tokenizer, task, rows, options, torchattacks, bar):
+    """For each row, as images [rows, 3]: that are right clean and under our attack; and under theirs; and
+    forward passes of ours."""
+    encoder, head = ImageEncoder(clip), encode_head(clip, tokenizer, task.class_names, task.template)
+    # what other people's attacks take: a module, images [B,3,H,W] → logits [B, K]
+    logits = torch.nn.Sequential(encoder).eval()
+    logits.register_forward_hook(lambda module, x, z: cosine_logits(z, head, LOGIT_SCALE))
+    x, y, index = torch.utils.data.default_collate(list(task.images))
+    right, counts = logits(to_float(x)).argmax(1) == y, np.zeros((len(rows), 3))
+    x, y, index = to_float(x[right]), y[right], index[right]
+    for count, (label, ours, theirs) in zip(counts, rows):
+        if ours:
+            _, _, by, _, passes, *_ = run_attacks(encoder, head, LOGIT_SCALE, x, y, index, names=ours,
+                                                  last_iterate="last" in label, **options)
+            count[[0, 2]] = (by < 0).sum(), passes.sum()
+        else:                       # what all of ours, the row before, left standing
+            x, y = x[by < 0], y[by < 0]
+        if torchattacks and theirs and len(y):
+            kind, words = theirs
+            classes = {"n_classes": min(10, len(head))} if kind in ("APGDT", "FAB") else {}
+            found = getattr(torchattacks, kind)(logits, eps=EPS, **words, **classes)(x, y)
+            outside = ((found - x).abs() > EPS + 1e-6).flatten(1).any(1)
+            count[1] = ((logits(found).argmax(1) == y) | outside).sum()
+        bar.update()
+    return counts
+
+
+def attacks(checkpoint, limit=100, steps=50, queries=500):
+    """Write results/attacks.md: what each attack leaves of the plain toy CLIP and of TeCoA's (seed 0, in the
+    file checkpoint); and what those of torchattacks leave, a port of the original AutoAttack code, if it is
+    there (pip install --no-deps torchattacks)."""
+    try:
+        import torchattacks
+    except ImportError:
+        torchattacks = None
+    options = {"eps": EPS, "steps": steps, "step_size": STEP_SIZE, "norm": "linf", "queries": queries}
+    # (label, our attacks, theirs)
+    rows = [(f"PGD-{steps}, last iterate", ["pgd"], ("PGD", {"alpha": STEP_SIZE, "steps": steps})),
+            (f"PGD-{steps}", ["pgd"], None), (f"CW-{steps}", ["cw"], None),
+            (f"APGD-CE-{steps}", ["apgd-ce"], ("APGD", {"loss": "ce", "steps": steps})),
+            (f"APGD-DLR-{steps}", ["apgd-dlr"], ("APGD", {"loss": "dlr", "steps": steps})),
+            (f"APGD-T-{steps}", ["apgd-t"], ("APGDT", {"steps": steps})),
+            (f"Square-{queries}", ["square"], ("Square", {"n_queries": queries})),
+            (f"APGD-CE-{steps}, APGD-T-{steps}, Square-{queries} in turn", list(AUTOATTACK), None),
+            (f"what these leave, under FAB-T-{steps}", None,
+             ("FAB", {"steps": steps, "multi_targeted": True}))]
+    tasks = [load_task(name, "val", limit=limit) for name in ("unseen", "digits", "textures")]
+    table, total = [[label] for label, *_ in rows], sum(len(task.images) for task in tasks)
+    with tqdm(total=2 * len(tasks) * len(rows), desc="attacks", unit="attack") as bar:
+        for attacked in (None, checkpoint):
+            clip, tokenizer = load_clip("toy", "seed0")
+            if attacked:
+                load_visual(clip, read_checkpoint(attacked), attacked)
+            counts = sum(attack_task(clip, tokenizer, task, rows, options, torchattacks, bar)
+                         for task in tasks)
+            for row, (_, ours, theirs), (left, left_by_theirs, passes) in zip(table, rows, counts / total):
+                row += [f"{100 * left:.1f}" if ours else "",
+                        f"{100 * left_by_theirs:.1f}" if theirs and torchattacks else "",
+                        f"{passes:.1f}" if ours else ""]
+    version = torchattacks.__version__ if torchattacks else "(not installed)"
+    write("attacks.md", "Attacks on the plain toy CLIP and on TeCoA's: robust accuracy (%)",
+          f"`python paper.py attacks`, code {source_version()}, seed 0; {total} images of unseen, digits and "
+          f"textures, linf ε = 8/255, PyTorch {torch.__version__}. Theirs: torchattacks {version}, same "
+          "images, steps, queries and restarts (one), other random starts. Passes: ours through the model, "
+          "for each image.", [["attack", "CLIP: ours", "theirs", "passes", "TeCoA: ours", "theirs", "passes"],
+                              ["---", *["--:"] * 6], *table])

@@ -1,0 +1,62 @@
+"""log.jsonl, a line for each tenth step: locked by the run that writes it, whole on any disk."""
+import errno
+import fcntl
+import json
+import math
+import os
+import sys
+
+
+class Log:
+    """log.jsonl, this process's until it ends; rows beyond `step` are cut off. path None: a log of nothing.
+    rows: all there is, a list of dicts. ValueError: another process is training into it."""
+
+    def __init__(self, path, step):
+        self.rows, self.waiting, self.file = [], [], path and open(
+            path, "a+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+        if not path:
+            return
+        try:                                            # not flock, which workers inherit: they may end later
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {path.parent}") from None
+        except OSError:                                 # some network file systems lock nothing
+            pass
+        self.file.seek(0)
+        end = 0
+        for line in self.file.read().splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+            except ValueError:                          # a killed run's last line may be half a one
+                break
+            if not line.endswith(b"\n") or not isinstance(row, dict) or not row.get("step", math.inf) <= step:
+                break
+            self.rows.append(row)
+            end += len(line)
+        self.file.truncate(end)
+
+    def write(self, row):
+        """Append a row. On a full disk it waits for the next one, and for `sync`: a log alone ends no run."""
+        if self.file:
+            self.rows.append(row)
+            self.waiting.append(row)
+            try:
+                self.flush()
+            except OSError as error:
+                print(f"\nwarning: {error}; the log will be written later", file=sys.stderr)
+
+    def flush(self):
+        end = self.file.seek(0, os.SEEK_END)
+        text = "".join(json.dumps(row) + "\n" for row in self.waiting).encode()
+        try:
+            if self.file.write(text) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.file.name)
+        except OSError:
+            self.file.truncate(end)                     # all of it or nothing
+            raise
+        self.waiting.clear()
+
+    def sync(self):
+        """Have every row on the disk: OSError."""
+        self.flush()
+        os.fsync(self.file.fileno())

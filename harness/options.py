@@ -1,0 +1,248 @@
+"""Options: those that both stages share, defaults that depend on others, and what a run is called.
+
+A run's name and identity come from every option that can change a result: each option that cannot is marked
+where it is added (result=False), so that a new one is part of both unless somebody says otherwise.
+"""
+import argparse
+import os
+import re
+import sys
+import zlib
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+import kernels
+from harness.files import sha256
+from harness.processes import RANK
+from model import ADAPTATIONS
+from tasks.images import printable
+
+
+class ByModel(NamedTuple):
+    """A default that is one value for real models, the paper's, and another for the toy."""
+    real: float
+    toy: float
+
+    def __call__(self, args):
+        return self.toy if args.model == "toy" else self.real
+
+    def __str__(self):
+        return f"{self.real:g}; toy: {self.toy:g}" if self.real != self.toy else f"{self.real:g}"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with errors in one line, status 2, whose options know what they change."""
+
+    def __init__(self, **words):
+        super().__init__(**words, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.late, self.paths, self.harmless, self.resumable = {}, set(), {"help"}, set()
+
+    def error(self, message):
+        who = self.prog + (f" (process {RANK})" if RANK else "")
+        print(f"{who}: {printable(message)}", file=sys.stderr, flush=True)
+        if dist.is_initialized():                       # whose own tidying up may abort a process
+            os._exit(2)
+        self.exit(2)
+
+    @contextmanager
+    def refusing(self):
+        """Inside, a ValueError or OSError ends the process with its line and status 2."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(str(error))
+
+    def option(self, group, flag, default=None, *, help, path=False, result=True, resumable=False, **words):
+        """Add an option to a group. default: a value; or a function of the options added before, which
+        `settle` calls. path: it may name a file, which counts by its content. result=False: no result depends
+        on it, so it is in no run's name. resumable=True: a run can go on with another value."""
+        late = callable(default)
+        shown = isinstance(default, ByModel) or not late and default is not None and default is not False
+        if shown and "default:" not in help:
+            help += f" (default: {default})"
+        dest = group.add_argument(flag, default=None if late else default, help=help, **words).dest
+        self.late |= {dest: default} if late else {}
+        for marked, names in ((path, self.paths), (not result, self.harmless), (resumable, self.resumable)):
+            names |= {dest} if marked else set()
+
+    def settle(self, args, **known):
+        """A copy of the options, with what was left open as in `known`, or else at its default."""
+        args = argparse.Namespace(**vars(args))
+        for word, default in self.late.items():
+            if getattr(args, word) is None:
+                value = known.get(word)
+                setattr(args, word, default(args) if value is None else value)
+        return args
+
+    def identity(self, args):
+        """{option: value} of all in settled args that can change a result; files by their content."""
+        return {word: content(value) if word in self.paths else value
+                for word, value in vars(args).items() if word not in self.harmless}
+
+    def unusual(self, args, **known):
+        """The options of the identity that are not what they would be by default beside the others."""
+        found = []
+        for word in self.identity(args):
+            others = argparse.Namespace(**vars(args) | {word: self.get_default(word)})
+            try:
+                usual = getattr(self.settle(others, **known), word)
+            except ValueError:                          # there is no default beside these others
+                usual = ...
+            if usual != getattr(args, word):
+                found.append(word)
+        return found
+
+    def name(self, args, always, hidden=(), **known):
+        """A name for settled args: the values of `always`, then each other unusual option, if not hidden."""
+        def spelled(word):
+            value = getattr(args, word)
+            is_file = word in self.paths and os.path.isfile(str(value))
+            return spelled_path(value) if is_file else spelled_value(value)
+        words = [spelled(word) for word in always if word != "seed"]
+        words += [word.replace("_", "") + spelled(word) for word in self.unusual(args, **known)
+                  if word not in (*always, *hidden)]
+        name = "-".join(filter(None, words)) + (f"-seed{args.seed}" if "seed" in always else "")
+        # a file's name may have 255 bytes
+        return name if len(name) < 200 else f"{name[:180]}-{zlib.crc32(name.encode()):08x}"
+
+    def words(self, config):
+        """The command line whose options are a checkpoint's `config`, for argparse to check."""
+        flags = {action.dest: action.option_strings for action in self._actions if action.dest != "help"}
+        unknown = [word for word in config if word not in flags]
+        if unknown:
+            raise ValueError(f"it has options that are not known here: {unknown[:3]}")
+        words = []
+        for word in [word for word, value in config.items() if value is not None and word != "out"]:
+            (yes, *no), value = flags[word], config[word]
+            words += ([yes] if value else no) if isinstance(value, bool) else [f"{yes}={value}"]
+        return words
+
+
+def content(value):
+    """A path as an identity has it: of a file its name and the sha256 of its content."""
+    if value and os.path.isfile(value):
+        return f"{Path(value).name} {sha256(value)}"
+    return str(Path(value).resolve()) if value and os.path.isdir(value) else value
+
+
+def spelled_path(path):
+    """A file as a part of a folder's name."""
+    return f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', Path(path).stem)[:40]}-{sha256(path)[:8]}"
+
+
+def spelled_value(value):
+    """Another option's value as a part of a folder's name, as it is if possible; no two look the same."""
+    text = "" if value is None or value is True else str(value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        text = f"{value:g}"
+    plain = re.sub(r"[^A-Za-z0-9_.,+-]+", "-", text.removeprefix("hf-hub:"))
+    return text if text == plain else f"{plain[-40:].strip('-')}-{zlib.crc32(os.fsencode(text)):08x}"
+
+
+def differences(one, other, ignoring=()):
+    """In words, which options of two identities differ: "--lr 0.1 (here 0.2), …"; "" if none."""
+    words = sorted(word for word in {*one, *other} - {*ignoring} if one.get(word) != other.get(word))
+    called = {word: "sources" if word == "code" else f"--{word.replace('_', '-')}" for word in words}
+    return ", ".join(f"{called[word]} {one.get(word)} (here {other.get(word)})" for word in words)
+
+
+# ------------------------------------------------------------------------------ types of values, for argparse
+def number(kind, least, strict=False, most=2**31):
+    """An int or float that is at least (strict: above) `least`, and below `most`."""
+    def parse(text):
+        value = kind(text)
+        if not (value > least if strict else value >= least) or value >= most:
+            above, below = "above" if strict else "of at least", f" and below {most}" if value >= most else ""
+            raise argparse.ArgumentTypeError(f"expected a number {above} {least}{below}, got {text}")
+        return value
+    parse.__name__ = kind.__name__                  # argparse names it when the text is no number at all
+    return parse
+
+
+def cadence(text):
+    """A number of steps, or of minutes with an m."""
+    (number(float, 0, strict=True) if text.endswith("m") else number(int, 1))(text.removesuffix("m"))
+    return text
+
+
+def adaptation(text):
+    """One of ADAPTATIONS, or both prompts, in alphabetical order."""
+    methods = ",".join(sorted(text.split(",")))
+    if methods not in (*ADAPTATIONS, "image-prompt,token-prompt"):
+        raise argparse.ArgumentTypeError(f"{text}: expected one of {', '.join(ADAPTATIONS)}, or "
+                                         "image-prompt,token-prompt")
+    return methods
+
+
+def shares(text):
+    """A comma list of numbers from 0 to 1, each once."""
+    values = list(dict.fromkeys(float(word) for word in text.split(",")))
+    if not all(0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"expected a comma list of numbers from 0 to 1, got {text}")
+    return values
+
+
+# ------------------------------------------------------------------------------ what both stages share
+def default_eps(args):
+    """ε in 1/255: the paper's in linf; there is no usual one in l2."""
+    if args.norm == "l2":
+        raise ValueError("--norm l2 needs --eps, in 1/255")
+    return ByModel(1., 8.)(args)
+
+
+def default_step_size(args, training):
+    """In 1/255: the paper's 1; the toy's, and any in l2, in proportion to ε."""
+    if args.model != "toy" and args.norm == "linf":
+        return 1.
+    return 1.25 * args.eps / args.steps if training else args.eps / 4
+
+
+def add_shared_options(parser, *, training):
+    """Add the options that both stages have, with the defaults of this stage."""
+    def on_gpu(args):
+        return args.device.startswith("cuda")
+    option = partial(parser.option, parser.add_argument_group("model"))
+    option("--model", lambda args: "toy", help="an open_clip name, hf-hub:ORG/REPO, or toy (default: toy)")
+    option("--pretrained", lambda args: f"seed{args.seed}" if args.model == "toy" else None, path=True,
+           help="an open_clip tag, a file, or none; for the toy: seedN, trained on first use")
+    option = partial(parser.option, parser.add_argument_group("data"))
+    option("--tasks", "all", help="to evaluate on: a comma list of toy tasks, data sets (docs/data.md), "
+           "folder:PATH, wds:PATH, cache:FILE; all: the toy's zero-shot ones, or what is under --data-root; "
+           "none")
+    option("--data-root", metavar="DIR", path=True, resumable=True, help="the folder with the data sets, as "
+           "torchvision lays them out; or with ImageNet's train/<class>/ and val/<class>/")
+    option("--limit", type=number(int, 1), metavar="N", help="use at most N images of each set")
+    option("--workers", min(8, os.cpu_count() or 1), type=number(int, 0, most=257), result=False,
+           help="processes that decode images")
+    option = partial(parser.option, parser.add_argument_group(
+        f"attack in {'training' if training else 'evaluation'}"))
+    option("--norm", lambda args: "linf", choices=("linf", "l2"), help="of the ε-ball; l2 wants --eps "
+           "(default: linf)")
+    option("--eps", default_eps, type=number(float, 0), help="radius of the ball in 1/255 (default: 1; toy: "
+           "8)")
+    option("--steps", 2 if training else 100, type=number(int, 1), help="gradient steps")
+    option("--step-size", partial(default_step_size, training=training), type=number(float, 0, strict=True),
+           help="length of a step in 1/255 (default: 1, the paper's; toy and l2: "
+           f"{'1.25 ε / steps' if training else 'ε / 4'})")
+    option = partial(parser.option, parser.add_argument_group("run"))
+    option("--batch-size", ByModel(256, 128) if training else 256, type=number(int, 1), result=training,
+           help="images, over all processes")
+    option("--seed", 0, type=number(int, 0), help="of everything random")
+    option("--device", "cuda" if torch.cuda.is_available() else "cpu", resumable=True,
+           help="cpu, cuda or cuda:N")
+    option("--dtype", lambda args: "bf16" if training and on_gpu(args) else "fp32",
+           choices=("fp32", "bf16") if training else ("fp32", "bf16", "fp16"), help="of the transformer "
+           f"blocks, pixels and patch embedding are fp32 (default: {'bf16 on a GPU, else ' * training}fp32)")
+    option("--compile", lambda args: on_gpu(args) and kernels.COMPILER, resumable=True,
+           action=argparse.BooleanOptionalAction, help="torch.compile "
+           f"{'attack and update' if training else 'the encoder'}, a minute at the start (default: on a GPU)")
+    option("--kernels", "auto", choices=("auto", "triton", "torch"), resumable=True,
+           help="auto: Triton on a GPU, else the same in PyTorch")
+    option("--out", metavar="DIR", result=False, help="folder to write to (default: a name under out/)")
+    option("--overwrite", False, action="store_true", result=False,
+           help="replace what is in that folder (default: never)")

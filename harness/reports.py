@@ -1,0 +1,145 @@
+"""What results look like: rows of counts and intervals, signs of a broken evaluation, tables, pictures."""
+import math
+import textwrap
+
+
+def interval(count, n):
+    """Wilson's 95 % interval (1927) of a share count / n, in percent: (low, high)."""
+    from scipy.stats import binomtest                   # here, as it takes long to import
+    low, high = binomtest(count, n).proportion_ci(method="wilson") if n else (0, 1)
+    return round(100 * float(low), 2), round(100 * float(high), 2)
+
+
+def summary(records, attacks, classes, half):
+    """One task's row of results.json, from one record per image (of eval_zeroshot.py's `evaluate`).
+
+    attacks: the names of those that ran, in order; half: of the gradient attacks' steps. Accuracies are in
+    percent of the images that could be read. `warnings`: the signs of a broken evaluation, in words."""
+    readable = [r for r in records if "error" not in r]
+    right = [r for r in readable if r["clean"] == r["label"]]
+    n, standing = len(readable), sum(r["by"] is None for r in right)
+    row = {"n": n, "classes": classes, "clean": 100 * len(right) / max(1, n),
+           "robust": 100 * standing / max(1, n), "chance": 100 / classes, "right": len(right),
+           "standing": standing, "clean_interval": interval(len(right), n),
+           "robust_interval": interval(standing, n), "attacks": attacks,
+           "broken_by": {name: sum(r["by"] == name for r in right) for name in attacks},
+           "passes": round(sum(r["passes"] for r in right) / max(1, n), 2),
+           "zero_gradients": 100 * sum(r["zero"] for r in right) / max(1, len(right)),
+           "left_out": len(records) - n}
+    return row | {"warnings": signs_of_a_broken_evaluation(row, readable, right, half)}
+
+
+def mean(rows):
+    """The unweighted mean of tasks' rows {name: row}, of those with images that could be read."""
+    counted = [row for row in rows.values() if row["n"]]
+    return {"tasks": len(counted)} | {
+        kind: sum(row[kind] for row in counted) / max(1, len(counted)) for kind in ("clean", "robust")}
+
+
+def signs_of_a_broken_evaluation(row, readable, right, half):
+    """What a row, and the records of the readable and the right images, show of it, in words: a list."""
+    n, n_all, left_out = row["n"], row["n"] + row["left_out"], row["left_out"]
+    nan = sum(-1 in (r["clean"], r.get("adversarial")) for r in readable)
+    astray = sum(not r["uphill"] for r in right)
+    by_square = row["broken_by"].get("square", 0) if len(row["attacks"]) > 1 else 0
+    probes = [r["probe"] for r in right if r["by"] is None and "probe" in r]
+    late = sum(r["by"] not in (None, "square") and r["at"] > half for r in right)
+
+    def images(count, of=n):
+        return f"{count} images ({100 * count / max(1, of):.1f} %)"
+    signs = [
+        (nan, f"the model gave NaN for {images(nan)}, which count as wrong"),
+        (left_out > .01 * n_all, f"{left_out} of {n_all} images could not be read"),
+        (row["zero_gradients"] > .1, f"{row['zero_gradients']:.1f} % of the input gradients are exactly zero"
+         ": nothing was attacked there"),
+        (astray > max(1, .02 * len(right)), f"for {images(astray, len(right))} the loss falls where its "
+         "gradient says that it rises: the gradients are wrong"),
+        (by_square > max(1, .01 * n), f"Square, which sees no gradients, broke {images(by_square)} that "
+         "gradient attacks had left standing: gradients may be masked"),
+        (sum(probes) > max(1, .02 * len(probes)), f"a probe with Square broke {sum(probes)} of {len(probes)} "
+         "images that gradient attacks had left standing: gradients may be masked, or the attack is too "
+         "weak"),
+        (late > max(1, .01 * n), f"{images(late)} broke in the second half of the steps: more steps will "
+         "break more")]
+    return [text for shown, text in signs if shown]
+
+
+def at_chance(rows, warmup, batch_size, classes):
+    """Whether the last hundred steps in a log's rows, all after the warm-up, recognise no more attacked
+    images than 1/classes, by three standard deviations."""
+    last = rows[-1]["step"] if rows else 0
+    counted = [(batch_size * (row["step"] - before["step"]), row["robust"] / 100)
+               for before, row in zip([{"step": warmup}, *rows], rows)
+               if "robust" in row and row["step"] > last - 100]
+    n = sum(images for images, _ in counted)
+    recognised = sum(images * share for images, share in counted)
+    return last >= warmup + 100 and recognised <= n / classes + 3 * math.sqrt(n / classes)
+
+
+def in_pipes(lines):
+    """Markdown's lines of a table, from lists of cells: head, rule, rows."""
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def markdown_table(results, adapted=()):
+    """A Markdown table of {label: results of the same tasks}; rows of `adapted` last, not in the mean."""
+    first, everyone = next(iter(results.values())), results.values()
+    rows = [(name, row, [r["tasks"][name] for r in everyone]) for name, row in first["tasks"].items()]
+    rows += [("**mean**", None, [r["mean"] for r in everyone])] * bool(rows)
+    rows += [(f"{name} (adapted on)", first["adapted"][name], [r["adapted"][name] for r in everyone])
+             for name in adapted]
+    head = ["task", "images", "classes", "chance"]
+    head += [f"{label} {kind}".strip() for label in results for kind in ("clean", "robust")]
+    lines = [head, ["---"] + ["--:"] * (len(head) - 1)]
+    for name, row, cells in rows:
+        start = [row["n"], row["classes"], f"{row['chance']:.1f}"] if row else [""] * 3
+        lines.append([name, *start, *(f"{cell[kind]:.1f}" for cell in cells for kind in ("clean", "robust"))])
+    return in_pipes(lines)
+
+
+def full_table(results):
+    """A Markdown table of one evaluation: per task counts, accuracies, 95 % intervals, any warnings."""
+    warned = any(row["warnings"] for row in results["tasks"].values())
+    head = ["task", "images", "left out", "classes", "chance", "clean %", "95 %", "count", "robust %", "95 %",
+            "count", "passes/image"]
+    lines = [head + ["**warnings**"] * warned, ["---"] + ["--:"] * (len(head) - 1) + ["---"] * warned]
+    for name, row in results["tasks"].items():
+        line = [name, row["n"], row["left_out"], row["classes"], f"{row['chance']:.1f}"]
+        for kind, count in (("clean", "right"), ("robust", "standing")):
+            low, high = row[f"{kind}_interval"]
+            line += [f"{row[kind]:.1f}", f"{low:.1f}–{high:.1f}", row[count]]
+        lines.append([*line, row["passes"], *["; ".join(row["warnings"])] * warned])
+    if results["tasks"]:
+        count, clean, robust = (results["mean"][key] for key in ("tasks", "clean", "robust"))
+        lines.append([f"**mean of {count}**", *[""] * 4, f"{clean:.1f}", "", "", f"{robust:.1f}",
+                      *[""] * (3 + warned)])
+    return in_pipes(lines)
+
+
+def draw_examples(path, rows, eps):
+    """Draw attacked images to a PNG: clean ones, and for each model δ amplified and adversarial ones, with
+    the classes that it takes them for. rows: {the model's label: of `choose_examples`}, the same images for
+    each; eps: in 1/255, for the label."""
+    # here, as it takes long to import; without pyplot, which would set this process's backend
+    from matplotlib.figure import Figure
+    first = next(iter(rows.values()))
+    grid = [("clean", [(e["x"], e["truth"], "black") for e in first])]
+    for label, examples in rows.items():
+        deltas = [e["x_adv"] - e["x"] for e in examples]
+        grid += [
+            (f"δ against {label}\n(amplified)",
+             [(.5 + delta / (2 * delta.abs().max().clamp(min=1e-8)), "", "black") for delta in deltas]),
+            (f"{label}, ε = {eps:g}/255",
+             [(e["x_adv"], f"{e['clean']} → {e['adversarial']}",
+               "tab:green" if e["adversarial"] == e["truth"] else "tab:red") for e in examples])]
+    figure = Figure(figsize=(1.55 * len(first) + .6, 1.85 * len(grid)), layout="constrained")
+    axes = figure.subplots(len(grid), len(first), squeeze=False,
+                           subplot_kw={"xticks": [], "yticks": [], "frameon": False})
+    for axis, example in zip(axes[0], first):
+        axis.set_title(example["task"], fontsize=10)
+    for line, (label, cells) in zip(axes, grid):
+        line[0].set_ylabel(label, fontsize=9)
+        for axis, (image, text, colour) in zip(line, cells):
+            axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+            axis.set_xlabel("\n".join(textwrap.wrap(text, 20)[:3]), color=colour, fontsize=8, labelpad=2)
+    figure.savefig(path, dpi=110)

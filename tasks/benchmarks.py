@@ -1,0 +1,211 @@
+"""The paper's data sets by name, in the layouts torchvision writes or as clip-benchmark's shards.
+
+Under --data-root a set lies where torchvision's class looks for it (the second column of BENCHMARKS), Hateful
+Memes as hateful_memes/{test_seen,test_unseen}.jsonl + img/, or else as the shards of huggingface.co/datasets/
+clip-benchmark, say wds_cars/. On opening, nothing is downloaded or written, and no image decoded."""
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+from torchvision.datasets import (
+    CIFAR10, CIFAR100, DTD, PCAM, STL10, SUN397, Caltech101, Caltech256, Country211, EuroSAT, FGVCAircraft,
+    Flowers102, Food101, OxfordIIITPet, StanfordCars)
+
+from prompts import clean_class_name, openai_templates
+from tasks.class_names import class_rows, country_names, imagenet_class_names
+from tasks.images import Images, Shards, one_line
+
+TEMPLATE = "This is a photo of a {}"                 # the paper's, without a full stop
+# words for the images to adapt on, None: for evaluation only; and for those that the paper reports on
+CIFAR, ALL = ({"train": True}, {"train": False}), (None, {})
+BOTH, TRAINVAL = (({"split": split}, {"split": "test"}) for split in ("train", "trainval"))
+
+
+class Benchmark(NamedTuple):
+    opener: type                     # torchvision's class, of (root, **words); None: it has none
+    folder: str                      # under --data-root
+    train: dict                      # words, see above
+    test: dict
+    template: str
+    shards: tuple = ()               # clip-benchmark's names, without wds_
+    source: str = "torchvision"      # who has it today; "": only the shards
+
+
+BENCHMARKS = {name: Benchmark(*row) for name, *row in (
+    ("imagenet", None, "imagenet", {}, {}, TEMPLATE, ("imagenet1k",),
+     "image-net.org, unpacked to train/<class>/ and val/<class>/,"),
+    ("cifar10", CIFAR10, "cifar-10-batches-py", *CIFAR, TEMPLATE, ("vtab-cifar10", "cifar10")),
+    ("cifar100", CIFAR100, "cifar-100-python", *CIFAR, TEMPLATE, ("vtab-cifar100", "cifar100")),
+    ("stl10", STL10, "stl10_binary", *BOTH, TEMPLATE, ("stl10",)),
+    ("caltech101", Caltech101, "caltech101/101_ObjectCategories", *ALL, TEMPLATE, ("vtab-caltech101",)),
+    ("caltech256", Caltech256, "caltech256/256_ObjectCategories", *ALL, "A photo of a {}."),
+    ("pets", OxfordIIITPet, "oxford-iiit-pet", *TRAINVAL, "A photo of a {}, a type of pet.", ("vtab-pets",)),
+    ("cars", StanfordCars, "stanford_cars", *BOTH, "A photo of a {}.", ("cars",), ""),
+    ("food101", Food101, "food-101", *BOTH, "A photo of {}, a type of food.", ("food101",)),
+    ("flowers102", Flowers102, "flowers-102", *BOTH, "A photo of a {}, a type of flower.", ("vtab-flowers",)),
+    ("aircraft", FGVCAircraft, "fgvc-aircraft-2013b", *TRAINVAL, "A photo of a {}, a type of aircraft.",
+     ("fgvc_aircraft",)),
+    ("sun397", SUN397, "SUN397", *ALL, TEMPLATE, ("sun397",), ""),
+    ("dtd", DTD, "dtd/dtd", *BOTH, "A surface with a {} texture.", ("vtab-dtd",)),
+    ("eurosat", EuroSAT, "eurosat/2750", *ALL, "A centered satellite photo of {}.", ("vtab-eurosat",)),
+    ("pcam", PCAM, "pcam", *BOTH, "This is a photo of {}.", ("vtab-pcam",)),
+    ("hateful-memes", None, "hateful_memes", *ALL, "a {}.", (),
+     "hatefulmemeschallenge.com, or kaggle.com/datasets/parthplc/facebook-hateful-meme-dataset"),
+    ("country211", Country211, "country211", *BOTH, "A photo I took in {}.", ("country211",)))}
+NATIVE = {"cifar10": 32, "cifar100": 32, "stl10": 96}           # attacked at their own resolution, in pixels
+
+# where prompts are not made of class names: rows of what torchvision, CLIP and the paper call a class
+OWN_WORDS = {name: class_rows(f"{name}_classes.txt") for name in ("eurosat", "pcam")}
+
+
+def _lines(path):
+    return [line.strip() for line in path.read_text("utf-8").rstrip().splitlines()] if path.is_file() else []
+
+
+def open_shards(path, split, size, native=False):
+    """(Shards, class names, their own templates) of clip-benchmark's folder, or of its folder of tars, test/.
+    native: see `to_pixels`. ValueError, in one line: not there, not shards, some missing or damaged."""
+    path, split = Path(path), "test" if split == "val" else split
+    if not path.is_dir():
+        raise ValueError(f"no such folder: {path}")
+    if not list(path.glob("*.tar")):
+        path = path / split
+    elif path.name != split and "train" in (split, path.name):
+        raise ValueError(f"{path} is not the {split} split")
+    tars = sorted(path.glob("*.tar"), key=lambda tar: (len(tar.name), tar.name))     # 9.tar before 10.tar
+    classes, templates = (next(filter(None, map(_lines, (path.parent / file, path / file))), [])
+                          for file in ("classnames.txt", "zeroshot_classification_templates.txt"))
+    if not tars or not classes:
+        missing = "classnames.txt beside it" if tars else "*.tar in it"
+        raise ValueError(f"{path} is not clip-benchmark's: no {missing}")
+    expected = _lines(path / "nshards.txt")
+    if expected and expected != [str(len(tars))]:
+        raise ValueError(f"{path} holds {len(tars)} of {expected[0]} shards")
+    templates = [line.replace("{c}", "{}") for line in templates if "{c}" in line]
+    return Shards(tars, size, native), classes, templates
+
+
+def find(name, data_root, split="val"):
+    """Where a set is under data_root: (its folder, False), (its folder of shards, True), or None."""
+    root, benchmark = Path(data_root), BENCHMARKS[name]
+    if name == "imagenet" and any((root / folder / split).is_dir() for folder in ("imagenet", "")):
+        return root, False
+    if name != "imagenet" and (root / benchmark.folder).is_dir():
+        return root / benchmark.folder, False
+    names = [f"wds_{shards}{end}" for shards in benchmark.shards for end in ("", "_test")]
+    return next(((root / folder, True) for folder in names if (root / folder).is_dir()), None)
+
+
+def how_to_get(name, data_root):
+    """One line: the commands, or the page, that get a set to where it is looked for under data_root."""
+    opener, _, _, words, _, shards, source = BENCHMARKS[name]
+    if source == "torchvision":
+        words = "".join(f", {key}={value!r}" for key, value in words.items())
+        call = f"d.{opener.__name__}('{data_root}'{words}, download=True)"
+        source = f'python -c "import torchvision.datasets as d; {call}"'
+    hub = [f"hf download clip-benchmark/wds_{called} --repo-type dataset --local-dir {data_root}/wds_{called}"
+           for called in shards[:1]]
+    return " or: ".join(filter(None, [source, *hub]))
+
+
+def present(data_root):
+    """(names of the sets under data_root, {name: how to get it} of the others), without opening any."""
+    there = [name for name in BENCHMARKS if find(name, data_root)]
+    others = [name for name in BENCHMARKS if name not in there]
+    return there, {name: f"get it with {how_to_get(name, data_root)}" for name in others}
+
+
+def _words(name, classes, templates):
+    """A set's classes, in its order, in the words that the paper's prompts need, or CLIP's ("openai")."""
+    if name in OWN_WORDS:
+        known = {alias: row[1 if templates == "openai" else 2] for row in OWN_WORDS[name] for alias in row}
+        strange = [c for c in classes if c not in known]
+        if strange:
+            raise ValueError(f"{name}: {strange[0]!r} is none of its classes")
+        return [known[c] for c in classes]
+    if name == "imagenet":      # shards say "rooster" where the paper says "cock", and "missile" twice
+        paper = list(imagenet_class_names().values())
+        agree = sum(clean_class_name(a) == clean_class_name(b) for a, b in zip(paper, classes))
+        return paper if len(classes) == len(paper) and agree > 500 else classes
+    rules = {"caltech256": lambda c: c[4:].removesuffix("-101"),                    # 145.motorbikes-101
+             "aircraft": lambda c: f"Boeing {c}" if c.startswith("7") else c,       # as the authors do
+             "flowers102": lambda c: c.rstrip("?"),                                 # pink-yellow dahlia?
+             "country211": lambda c: country_names().get(c, c)}
+    return list(map(rules.get(name, str), classes))
+
+
+def _samples(dataset):
+    """The (file, label) pairs of a torchvision set, or the set itself where it is kept in one file."""
+    if isinstance(dataset, Caltech101 | Caltech256):
+        kind = 101 if isinstance(dataset, Caltech101) else 256
+        return [(os.path.join(dataset.root, f"{kind}_ObjectCategories", dataset.categories[y],
+                              f"{'image' if kind == 101 else f'{y + 1:03d}'}_{i:04d}.jpg"), y)
+                for i, y in zip(dataset.index, dataset.y)]
+    pairs = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
+    files = getattr(dataset, "_image_files", None) or getattr(dataset, "_images", None) or ()
+    pairs = [(str(file), int(label)) for file, label in pairs or zip(files, getattr(dataset, "_labels", ()))]
+    return (sorted(pairs) if isinstance(dataset, SUN397) else pairs) or dataset  # SUN397: in the disk's order
+
+
+def _open_files(name, split, data_root, size):
+    """(images, class names as the files have them) of a set in torchvision's layout."""
+    opener, folder, train, test = BENCHMARKS[name][:4]
+    if name == "hateful-memes":
+        folder = Path(data_root) / folder
+        rows = [json.loads(line) for s in ("seen", "unseen") for line in _lines(folder / f"test_{s}.jsonl")]
+        if not rows:
+            raise FileNotFoundError("no test_seen.jsonl and test_unseen.jsonl")
+        samples = [(str(folder / row["img"]), row["label"]) for row in rows]
+        return Images(name, samples, size), ["meme", "hatespeech meme"]
+    if name == "stl10":         # its checksums would read 2.6 GB that nothing here uses
+        opener = type("STL10", (STL10,), {"_check_integrity": lambda self: True})
+    dataset = opener(str(data_root), **(train if split == "train" else test))
+    if name in NATIVE:
+        images = torch.from_numpy(np.ascontiguousarray(dataset.data))
+        images = images.permute(0, 3, 1, 2).contiguous() if images.shape[3] == 3 else images    # [N,3,H,W]
+        labels = torch.tensor(dataset.labels if name == "stl10" else dataset.targets, dtype=torch.int64)
+        return TensorDataset(images, labels, torch.arange(len(labels))), dataset.classes
+    classes = [row[0] for row in OWN_WORDS["pcam"]] if name == "pcam" else getattr(dataset, "classes", None)
+    return Images(name, _samples(dataset), size), classes or dataset.categories
+
+
+def load_benchmark(name, split, *, size, data_root=None, templates="paper"):
+    """(images, class names, template, source) of one of BENCHMARKS, but for ImageNet's folders, or of shards,
+    wds:PATH. split: "train" or "val". size: the model's resolution; those in NATIVE stay at their own.
+    ValueError, in one line: not there (it says how to get it), not whole, or without that split."""
+    if name.startswith("wds:"):
+        path, are_shards = Path(name.removeprefix("wds:")), True
+        called = {f"wds_{shards}": known for known, row in BENCHMARKS.items() for shards in row.shards}
+        folder = path.parent if path.name in ("train", "test") else path
+        name = called.get(folder.name.removesuffix("_test"), name)
+    elif data_root is None:
+        raise ValueError(f"{name} needs --data-root DIR with {BENCHMARKS[name].folder}/")
+    else:
+        path, are_shards = find(name, data_root) or (None, False)
+        how = f"get it with: {how_to_get(name, data_root)}"
+    benchmark, own = BENCHMARKS.get(name, Benchmark(None, "", {}, {}, TEMPLATE)), []
+    unsplit = path and not are_shards and benchmark.train is None
+    if split not in ("train", "val") or split == "train" and unsplit:
+        raise ValueError(f"{name} is for evaluation only: it has no {split} images")
+    if path is None:
+        folders = " or ".join([benchmark.folder, *(f"wds_{shards}" for shards in benchmark.shards)])
+        raise ValueError(f"{name} is not under {data_root} as {folders}; {how}")
+    if are_shards:
+        images, classes, own = open_shards(path, split, NATIVE.get(name, size), name in NATIVE)
+    else:
+        try:
+            images, classes = _open_files(name, split, data_root, size)
+        except Exception as error:      # torchvision's classes raise what the first missing file makes them
+            raise ValueError(f"{path} is not whole: {one_line(error)}; {how}") from None
+    if not len(images):
+        raise ValueError(f"{path} holds no images")
+    source, template = str(path), benchmark.template
+    if are_shards and benchmark.train is None:
+        source += " (clip-benchmark's test split; the paper takes all images)"
+    if templates == "openai":
+        template = name not in BENCHMARKS and own or openai_templates(name)
+    return images, _words(name, classes, templates), template, source

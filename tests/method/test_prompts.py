@@ -1,0 +1,71 @@
+"""prompts.py: class names, templates and the zero-shot head."""
+import torch
+import torch.nn.functional as F
+
+from model import load_clip
+from prompts import OPENAI_TEMPLATES, clean_class_name, encode_head, openai_templates
+from tasks.class_names import imagenet_class_names
+
+
+def test_class_names_are_cleaned_as_in_the_paper():
+    assert clean_class_name("Black-footed_Ferret") == "black footed ferret"
+    assert clean_class_name("a/b") == "a b"
+
+
+def test_imagenet_has_a_thousand_names_and_none_twice():
+    names = imagenet_class_names()
+    assert len(names) == 1000 and list(names) == sorted(names)
+    assert len({clean_class_name(name) for name in names.values()}) == 1000
+    assert names["n01440764"] == "tench" and names["n15075141"] == "toilet tissue"
+    # the two cranes
+    assert names["n02012849"] != names["n03126707"]
+
+
+def test_head_is_the_normalised_text_embedding_of_each_prompt(capsys):
+    clip, tokenizer = load_clip("toy", "none")
+    # more than one chunk
+    names = [f"class {i}" for i in range(300)]
+    head = encode_head(clip, tokenizer, names, "A photo of a {}.")
+    assert head.shape == (300, 64) and head.dtype == torch.float32 and not head.requires_grad
+    assert torch.allclose(head.norm(dim=1), torch.ones(300), atol=1e-5)
+    for i in (0, 299):
+        alone = clip.encode_text(tokenizer([f"A photo of a class {i}."]))[0]
+        assert torch.allclose(head[i], alone / alone.norm(), atol=1e-5)
+    assert capsys.readouterr().err == ""
+
+
+def test_repeated_prompts_are_reported(capsys):
+    clip, tokenizer = load_clip("toy", "none")
+    encode_head(clip, tokenizer, ["Hot-Dog", "hot dog", "cat"], "a {}")
+    assert "a hot dog" in capsys.readouterr().err
+
+
+def test_an_ensemble_is_the_unit_mean_of_unit_embeddings():
+    clip, tokenizer = load_clip("toy", "none")
+    names, templates = ["Hot-Dog", "cat", "bird"], ["a photo of a {}.", "the {} on the left", "{}"]
+    head = encode_head(clip, tokenizer, names, templates)
+    for row, name in zip(head, ("hot dog", "cat", "bird")):
+        rows = clip.encode_text(tokenizer([template.replace("{}", name) for template in templates]))
+        mean = sum(r / r.norm() for r in rows) / 3
+        assert torch.allclose(row, mean / mean.norm(), atol=1e-6)
+        assert not torch.allclose(row, rows.mean(0) / rows.mean(0).norm(), atol=1e-6)
+    # a list of one template is as that template
+    alone = clip.encode_text(tokenizer([f"the {name} on the left" for name in ("hot dog", "cat", "bird")]))
+    for template in (templates[1], templates[1:2]):
+        assert torch.equal(encode_head(clip, tokenizer, names, template), F.normalize(alone.float(), dim=-1))
+
+
+def test_clips_ensembles():
+    """As many templates a data set as openai/CLIP's data/prompts.md has, and ImageNet's 80 for another."""
+    counts = {"cifar10": 18, "cifar100": 18, "stl10": 2, "caltech101": 34, "pets": 1, "cars": 8, "food101": 1,
+              "flowers102": 1, "aircraft": 2, "sun397": 2, "dtd": 8, "eurosat": 3, "pcam": 1,
+              "hateful-memes": 1, "country211": 5}
+    assert {name: len(openai_templates(name)) for name in OPENAI_TEMPLATES} == counts
+    for name in (*counts, "imagenet"):
+        templates = openai_templates(name)
+        assert len(set(templates)) == len(templates) == counts.get(name, 80)
+        assert all(t.count("{}") == 1 and "*" not in t and "  " not in t and t.format("x") for t in templates)
+    caltech = {"art of the {}.", "a origami {}.", "the {} in a video game."}
+    assert caltech <= set(openai_templates("caltech101"))
+    assert "a black and white photo of the {}." in openai_templates("cifar10")
+    assert openai_templates("imagenet")[0] == "a bad photo of a {}."

@@ -478,6 +478,16 @@ def run_of(*words, checkpoint=None, alpha=1):
     return EvaluationRun(parser, args, known, [], {}, "", torch.device("cpu"))
 
 
+def test_what_came_into_the_folder_while_the_model_loaded_is_not_overwritten(tmp_path):
+    """Not even with --overwrite: the second look, under the lock, comes before anything is removed."""
+    run = run_of("--out", tmp_path, "--overwrite")
+    (tmp_path / "ckpt.pt").write_bytes(b"of a training run that has begun meanwhile")
+    with pytest.raises(ValueError, match="holds an unfinished run"):
+        run.begin()
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    os.close(run.locked)
+
+
 def test_every_option_that_can_change_a_result_has_a_folder_of_its_own(monkeypatch, tmp_path):
     """And an identity; one that cannot change it has neither."""
     monkeypatch.chdir(tmp_path)

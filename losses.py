@@ -127,10 +127,10 @@ def fare(encoder, head, logit_scale):
 def pmg(encoder, head, logit_scale):
     """tecoa near its own clean and the original's adversarial prediction: PMG-AFT (Wang et al. 2024)
 
-    tecoa + KL(p ‖ p_clean) + KL(p ‖ p_original): p on the adversarial image, p_clean the same model's on the
-    clean one, p_original the original CLIP's on the adversarial one. Weights 1 and 1, gradient to p and
-    p_clean, and the attack, on tecoa's term alone, are as in the authors' code. Their code normalises the
-    logit scale away, which leaves a temperature of 1; here every term has τ."""
+    tecoa + KL(p_clean ‖ p) + KL(p_original ‖ p): p on the adversarial image, p_clean the same model's on the
+    clean one, p_original the original CLIP's on the adversarial one. Directions, weights 1 and 1, gradient to
+    p and p_clean, and the attack, on tecoa's term alone, are as in the authors' code. Theirs normalises the
+    logit scale away, which leaves a temperature of 1, and sums over the batch; here every term has τ."""
     original, attack = copy.deepcopy(encoder), tecoa(encoder, head, logit_scale).inner
 
     def outer(net, x_adv, y, x):
@@ -138,7 +138,7 @@ def pmg(encoder, head, logit_scale):
         losses, predicted = contrastive_loss(z, head, y, logit_scale)
         p, *others = (cosine_logits(features, head, logit_scale).log_softmax(1)
                       for features in (z, z_clean, original(x_adv)))
-        return losses + sum((p.exp() * (p - q)).sum(1) for q in others), predicted
+        return losses + sum((q.exp() * (q - p)).sum(1) for q in others), predicted
     return Loss(encoder, attack, outer)
 
 

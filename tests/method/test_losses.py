@@ -86,7 +86,8 @@ def formula(name, z, z_clean, z_original, head, y, target):
         return s.exp() / s.exp().sum(1, keepdim=True)
 
     def kl(q):
-        return (p * (p / q).log()).sum(1)
+        """As in PMG-AFT's code: nn.KLDivLoss takes log-probabilities first, and is KL(second ‖ first)."""
+        return nn.KLDivLoss(reduction="none")(p.log(), q).sum(1)
     if name == "fare":
         distance = torch.stack([sum((a - b) ** 2 for a, b in zip(*rows)) for rows in zip(z, target)])
         return distance, distance, unit(z) @ head.T

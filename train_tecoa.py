@@ -14,6 +14,10 @@ for other reasons.
 import math
 from functools import partial
 
+from harness import spin_less
+
+if __name__ == "__main__":              # before PyTorch is imported
+    spin_less()
 import torch
 
 from attacks import image_keys, pgd

@@ -284,13 +284,13 @@ def full_precision(encoder):
 ADAPTATIONS = ("full", "partial", "linear", "image-prompt", "token-prompt")
 
 
-def check_adaptation(clip, methods, name, *, last_blocks, border, linear_head):
-    """ValueError if the image encoder of clip, an open_clip `name`, lacks what the methods train, or `border`
-    covers all of an image. linear_head: whether the loss trains one, which is then what `linear` means."""
-    visual, blocks, size = clip.visual, len(clip.visual.transformer.resblocks), clip.visual.image_size[0]
-    if "linear" in methods and not linear_head and visual.proj is None:
-        raise ValueError(f"--adapt linear: the image encoder of {name} has no proj")
-    if "partial" in methods and last_blocks > blocks:
+def check_adaptation(methods, name, *, last_blocks, border):
+    """ValueError if the image encoder of the model `name` has fewer than `last_blocks` blocks, or `border`
+    covers all of an image. Nothing is loaded yet."""
+    vision = model_config(name)["vision_cfg"]
+    size, blocks = vision["image_size"], vision.get("layers")
+    # no number: not a ViT of open_clip's own, which load_clip refuses
+    if "partial" in methods and isinstance(blocks, int) and last_blocks > blocks:
         raise ValueError(f"--last-blocks {last_blocks}: {name} has {blocks}")
     if "image-prompt" in methods and 2 * border >= size:
         raise ValueError(f"--border {border} leaves nothing inside, the model takes {size} pixels")

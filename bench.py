@@ -9,7 +9,9 @@
 Prints Markdown; with --all or --out it is written to a file, line by line. Weights, pixels and labels are
 random: none of that changes the cost. A time is the median of several timings by PyTorch's own timer, with
 the lowest and the highest, after calls that do not count. GFLOP are counted by PyTorch, without data."""
-from experiments.costs import main
+from harness import spin_less
 
 if __name__ == "__main__":
+    spin_less()             # before PyTorch is imported
+    from experiments.costs import main
     main(__doc__)

@@ -5,6 +5,10 @@
 import os
 from pathlib import Path
 
+from harness import spin_less
+
+if __name__ == "__main__":              # before PyTorch is imported
+    spin_less()
 from harness import processes
 from harness.files import writable_folder
 from harness.options import Parser, number

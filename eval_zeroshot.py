@@ -17,6 +17,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from harness import spin_less
+
+if __name__ == "__main__":              # before PyTorch is imported
+    spin_less()
 import torch
 
 from attacks import apgd, ascent, cw_margin, dlr, image_keys, margin, pgd_any, pgd_last, square
@@ -90,8 +94,7 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
     last attack's best; predicted int64 [B], what it is taken for, −1: NaN; broken_by int64 [B], the number of
     the attack that broke it, −1: it stands; at int64 [B], at which of its iterates; forward_passes int64 [B],
     by attacks; zero bool [B], the clean image's gradient is exactly 0; uphill bool [B], the loss is no
-    smaller a tenth of ε further along it.
-    """
+    smaller a tenth of ε further along it."""
     def objective(x, y, loss):
         if loss is log_odds:                            # fused, on a GPU
             m, best = contrast(encoder(x), head, y, logit_scale)
@@ -160,8 +163,7 @@ def evaluate(encoder, head, logit_scale, task, options, *, batch_size, workers=0
     some that gradient attacks left standing, if `probe`, probe (whether a short Square breaks them, which
     leads to a warning and counts for nothing else). An image that cannot be read has image and error alone.
     done: {number: record} of an earlier run, not done again. keep(task, records, tensors) is called after
-    each batch.
-    """
+    each batch."""
     numbers, records = image_numbers(task), dict(done or {})
     share = partial(shared, task=task, batch_size=batch_size, workers=workers, device=head.device, keep=keep)
 
@@ -181,12 +183,10 @@ def evaluate(encoder, head, logit_scale, task, options, *, batch_size, workers=0
 
 
 def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, done=None, after=None, **more):
-    """`evaluate` on several tasks under one progress bar: {"tasks": {name: row}, "mean": {"clean",
-    "robust"}}.
+    """`evaluate` on several tasks, one progress bar: {"tasks": {name: row}, "mean": {"clean", "robust"}}.
 
     options: of `run_attacks`; done: {task: {number: record}}; after(results, task, records): called after
-    each task, with what there is. `more` goes to `evaluate`.
-    """
+    each task, with what there is. `more` goes to `evaluate`."""
     results, done = {"tasks": {}, "mean": {"clean": None, "robust": None}}, done or {}
     half = math.inf if options.get("last_iterate") else options["steps"] / 2
     with progress(encoder, tasks, done) as (bar, watched):

@@ -1,20 +1,46 @@
 """CLIP: loading one, the differentiable path from pixels to features, what an adaptation trains."""
 import functools
+import importlib
+import json
 import logging
 import math
 import os
 import re
+import sys
 import zipfile
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import nn
 
 from kernels.contrastive_loss import contrast
-from toy import pretrain
+
+
+# open_clip takes two seconds to import: only what computes with a model does it, so that a command line that
+# is refused is refused at once
+@functools.cache
+def open_clip_lists():
+    """({model: the file of its config}, open_clip's module `pretrained`), the toy's file among them; both
+    without importing open_clip."""
+    (folder,) = find_spec("open_clip").submodule_search_locations
+    files = {file.stem: file for file in Path(folder, "model_configs").glob("*.json")}
+    files["toy"] = Path(__file__).parent / "toy" / "toy.json"
+    # a package of another name, at the same place and with nothing imported in it
+    package = sys.modules["open_clip_lists"] = ModuleType("open_clip_lists")
+    package.__path__ = [folder]
+    return files, importlib.import_module("open_clip_lists.pretrained")
+
+
+def model_config(name):
+    """open_clip's config of a model that has a file, or that is on a hub: a dict."""
+    if name.startswith("hf-hub:"):
+        import open_clip
+        return open_clip.get_model_config(name)
+    return json.loads(open_clip_lists()[0][name].read_text())
 
 
 @functools.cache
@@ -23,8 +49,8 @@ def say_source(name, pretrained):
     if name.startswith("hf-hub:"):
         weights, tokenizer = {"hf_hub": name.removeprefix("hf-hub:")}, None
     else:
-        weights = open_clip.get_pretrained_cfg(name, pretrained or "")
-        tokenizer = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name")
+        weights = open_clip_lists()[1].get_pretrained_cfg(name, pretrained or "")
+        tokenizer = model_config(name)["text_cfg"].get("hf_tokenizer_name")
     source = f"huggingface.co/{weights['hf_hub'].strip('/')}" if weights.get("hf_hub") else weights.get("url")
     places = " and ".join(filter(None, [source, tokenizer and f"huggingface.co/{tokenizer} (tokenizer)"]))
     if places and os.environ.get("RANK", "0") == "0":
@@ -37,11 +63,11 @@ def check_pretrained(name, pretrained):
         if pretrained:
             raise ValueError(f"--pretrained {pretrained}: an hf-hub: model brings its own weights")
         return
+    files, lists = open_clip_lists()
     if name == "toy":
-        pretrain.register()
         tags, known = "seed0, seed1, …", pretrained is None or re.fullmatch(r"seed[0-9]{1,10}", pretrained)
-    elif name in open_clip.list_models():
-        tags = open_clip.list_pretrained_tags_by_model(name)
+    elif name in files:
+        tags = lists.list_pretrained_tags_by_model(name)
         tags, known = ", ".join(tags), pretrained in tags
     else:
         raise ValueError(f"unknown model {name!r}: expected toy, hf-hub:ORG/REPO or a name from "
@@ -50,8 +76,8 @@ def check_pretrained(name, pretrained):
         raise ValueError(f"--pretrained {pretrained} for --model {name}: expected a file, none (random "
                          f"weights) or one of {tags}")
     if known and name != "toy":
-        quick = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
-        if quick != bool(open_clip.get_model_config(name).get("quick_gelu")):
+        quick = bool(lists.get_pretrained_cfg(name, pretrained).get("quick_gelu"))
+        if quick != bool(model_config(name).get("quick_gelu")):
             how = f"with it, which is --model {name}-quickgelu" if quick else f"without it, but {name} has it"
             raise ValueError(f"QuickGELU mismatch: the weights {pretrained} were trained {how}")
 
@@ -61,7 +87,7 @@ def image_size(name, pretrained=None):
     check_pretrained(name, pretrained)
     say_source(name, pretrained)
     try:
-        return open_clip.get_model_config(name)["vision_cfg"]["image_size"]
+        return model_config(name)["vision_cfg"]["image_size"]
     except Exception as error:                  # only a hub can fail here; its client raises many kinds
         raise ValueError(f"cannot reach --model {name}: {' '.join(str(error).split())[:200]}") from None
 
@@ -86,6 +112,12 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
     the seed; of `toy` seed0, seed1, … (pretrained on first use), None: seed<seed>. ValueError if it cannot be
     had, is not a ViT with a class token, or has not the activation of its weights."""
     image_size(name, pretrained)
+    import open_clip
+    from open_clip.transformer import VisionTransformer
+
+    from toy import pretrain
+    if name == "toy":
+        pretrain.register()
     if name == "toy" and not (pretrained == "none" or pretrained and os.path.isfile(pretrained)):
         pretrained = str(pretrain.pretrained_file(pretrain.seed_of(pretrained) if pretrained else seed))
     if pretrained and os.path.isfile(pretrained):
@@ -123,6 +155,7 @@ def are_openai_weights(state):
 def refuse_openai_weights_without_quickgelu(clip, state, source, name):
     """ValueError, naming the source, if `state` is OpenAI's and clip, an open_clip `name`, computes another
     activation. Not the other way around: MetaCLIP and DFN used QuickGELU as well."""
+    from open_clip.transformer import QuickGELU
     if QuickGELU not in map(type, clip.visual.modules()) and are_openai_weights(state):
         raise ValueError(f"QuickGELU mismatch: the text encoder of {source} is OpenAI's, trained with "
                          f"QuickGELU, which --model {name} lacks: take --model {name}-quickgelu")
@@ -156,7 +189,10 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, clip, dtype=torch.float32, prompts=None):
         super().__init__()
+        from open_clip.transformer import ResidualAttentionBlock
         self.visual, self.dtype = clip.visual, dtype
+        # whether `run_block` knows them
+        self.usual = all(type(block) is ResidualAttentionBlock for block in self.visual.transformer.resblocks)
         for name in ("mean", "std"):            # of each number in a patch, [3·p·p]: CLIP's, not ImageNet's
             channels = torch.tensor(clip.visual.preprocess_cfg[name], device=clip.logit_scale.device)
             columns = channels.repeat_interleave(math.prod(clip.visual.patch_size))
@@ -214,7 +250,7 @@ class ImageEncoder(nn.Module):
             tokens = visual.ln_pre(tokens)
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             blocks = visual.transformer.resblocks
-            if all(type(block) is ResidualAttentionBlock for block in blocks):
+            if self.usual:
                 for block in blocks:            # of the last block only the class token is used
                     tokens = run_block(block, tokens, 1 if block is blocks[-1] else None)
             else:
@@ -248,13 +284,13 @@ def full_precision(encoder):
 ADAPTATIONS = ("full", "partial", "linear", "image-prompt", "token-prompt")
 
 
-def check_adaptation(clip, methods, name, *, last_blocks, border, linear_head):
-    """ValueError if the image encoder of clip, an open_clip `name`, lacks what the methods train, or `border`
-    covers all of an image. linear_head: whether the loss trains one, which is then what `linear` means."""
-    visual, blocks, size = clip.visual, len(clip.visual.transformer.resblocks), clip.visual.image_size[0]
-    if "linear" in methods and not linear_head and visual.proj is None:
-        raise ValueError(f"--adapt linear: the image encoder of {name} has no proj")
-    if "partial" in methods and last_blocks > blocks:
+def check_adaptation(methods, name, *, last_blocks, border):
+    """ValueError if the image encoder of the model `name` has fewer than `last_blocks` blocks, or `border`
+    covers all of an image. Nothing is loaded yet."""
+    vision = model_config(name)["vision_cfg"]
+    size, blocks = vision["image_size"], vision.get("layers")
+    # no number: not a ViT of open_clip's own, which load_clip refuses
+    if "partial" in methods and isinstance(blocks, int) and last_blocks > blocks:
         raise ValueError(f"--last-blocks {last_blocks}: {name} has {blocks}")
     if "image-prompt" in methods and 2 * border >= size:
         raise ValueError(f"--border {border} leaves nothing inside, the model takes {size} pixels")

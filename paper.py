@@ -7,7 +7,9 @@
 
 Writes results/paper.md, a section for each figure, and results/<figure>.png; for another model than the toy,
 to results/<model>/. The runs stay in out/paper/<version of the sources>/, and none is made twice."""
-from experiments.runs import main
+from harness import spin_less
 
 if __name__ == "__main__":
+    spin_less()             # before PyTorch is imported
+    from experiments.runs import main
     main(__doc__)

@@ -4,7 +4,6 @@ from collections import Counter
 
 import torch
 import torch.nn.functional as F
-from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
 # The ensembles CLIP was published with (openai/CLIP, data/prompts.md); `*` stands for "a" and "the".
 _QUALITIES = ["blurry", "black and white", "low contrast", "high contrast", "bad", "good"]
@@ -31,6 +30,7 @@ OPENAI_TEMPLATES = {
 
 def openai_templates(name):
     """CLIP's templates for a data set, a list; ImageNet's 80 where CLIP's authors published none."""
+    from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES      # here, as open_clip takes seconds
     templates = OPENAI_TEMPLATES.get(name, [template("{}") for template in OPENAI_IMAGENET_TEMPLATES])
     return list(dict.fromkeys(t.replace("*", word) for t in templates for word in ("a", "the")))
 

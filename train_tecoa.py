@@ -14,6 +14,10 @@ for other reasons.
 import math
 from functools import partial
 
+from harness import spin_less
+
+if __name__ == "__main__":              # before PyTorch is imported
+    spin_less()
 import torch
 
 from attacks import image_keys, pgd
@@ -98,9 +102,10 @@ with run.refusing():
         raise ValueError(f"--loss {args.loss} contrasts the images of a batch: one alone has no others")
     where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root,
              "limit": args.limit}
+    check_adaptation(args.adapt.split(","), args.model, last_blocks=args.last_blocks, border=args.border)
+    tasks = [load_task(name, "val", **where) for name in task_names(args.tasks, args.dataset, args.data_root)]
     train = load_task(args.dataset, "train", **where)
     train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
-    tasks = [load_task(name, "val", **where) for name in task_names(args.tasks, args.dataset, args.data_root)]
     seen = not tasks or train.name in [task.name for task in tasks]
     held_out = [] if seen else [load_task(args.dataset, "val", **where)]
     # the ragged last batch is left out
@@ -117,8 +122,6 @@ with run.refusing():
     torch.manual_seed(args.seed)                                            # of a linear head
     loss = LOSSES[args.loss].make(encoder, head, logit_scale)
     linear_head = {f"linear_head.{name}": p for name, p in loss.linear_head.named_parameters()}
-    check_adaptation(clip, args.adapt.split(","), args.model, last_blocks=args.last_blocks,
-                     border=args.border, linear_head=bool(linear_head))
     run.claim(clip, train, min(schedule_steps, args.max_steps or schedule_steps),
               compares_images=LOSSES[args.loss].batch)
 

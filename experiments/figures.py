@@ -5,7 +5,6 @@ number a seed: what is drawn is the mean, and the standard deviation over seeds 
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from harness.reports import in_pipes
 from losses import LOSSES
@@ -59,6 +58,7 @@ def means_and_spreads(points):
 def panels(plan, name, width, draw, *, label_x="", kinds=BOTH, robust_at=None, clip=None):
     """Write <name>.png: a panel for each kind of accuracy, in percent, one above the other; draw(axis, kind)
     draws in it. clip: {kind: values} of CLIP as it is, a line across."""
+    from matplotlib.figure import Figure                # here, as it takes long to import
     figure = Figure(figsize=(width, .7 + 2.1 * len(kinds)), layout="constrained")
     axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     names = {"clean": "clean accuracy (%)", "robust": f"robust {robust_at or plan.robust_at} (%)"}
@@ -253,6 +253,7 @@ def fig7(plan):
     points = [CLIP, *(Point("--loss tecoa", f"--interpolate {alpha}") for alpha in (.25, .5, .75)), TECOA]
     found = yield {f"α = {alpha:g}": point for alpha, point in zip((0, .25, .5, .75, 1), points)}
     (clean, across), (robust, upright) = map(means_and_spreads, accuracies(found.values()).values())
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(5.5, 3.6), layout="constrained")
     axis = figure.subplots()
     axis.errorbar(clean, robust, upright, across, color=COLOURS["tecoa"], marker="o", markersize=4,

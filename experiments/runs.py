@@ -28,7 +28,6 @@ from harness.files import ROOT, read_json, source_version, writable_folder
 from harness.options import ByModel, Parser, number
 from model import image_size
 from tasks.task import TOY_ADAPTED, Task, load_task, task_names
-from toy import pretrain
 
 NAMES = [figure.__name__ for figure in FIGURES]
 ALONE = ["precision"], ["attacks"]        # crosscheck.py's
@@ -289,6 +288,7 @@ def main(description=None):
         writable_folder(plan.out)
         writable_folder(plan.runs)
         locked = lock(plan.runs)
+        from toy import pretrain                    # here, as it imports open_clip, which takes seconds
         for seed in seeds if args.model == "toy" and not args.pretrained else ():
             pretrain.pretrained_file(seed)          # before several runs look for it
     drawing = {figure: figure(plan) for figure in FIGURES if figure.__name__ in (args.what or NAMES)}

@@ -11,7 +11,6 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-import open_clip
 import safetensors.torch
 import torch
 
@@ -104,6 +103,7 @@ def export_clip(clip, name, folder, prompts=None):
     if prompts:
         raise ValueError(f"visual prompts ({', '.join(prompts)}) cannot be exported: open_clip has no place "
                          "for them")
+    import open_clip                                    # here, as it takes seconds to import
     weights = Path(folder, "open_clip_model.safetensors")
     weights.parent.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in clip.state_dict().items()}

@@ -11,9 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import TensorDataset
-from torchvision.datasets import (
-    CIFAR10, CIFAR100, DTD, PCAM, STL10, SUN397, Caltech101, Caltech256, Country211, EuroSAT, FGVCAircraft,
-    Flowers102, Food101, OxfordIIITPet, StanfordCars)
 
 from prompts import clean_class_name, openai_templates
 from tasks.class_names import class_rows, country_names, imagenet_class_names
@@ -26,7 +23,7 @@ BOTH, TRAINVAL = (({"split": split}, {"split": "test"}) for split in ("train", "
 
 
 class Benchmark(NamedTuple):
-    opener: type                     # torchvision's class, of (root, **words); None: it has none
+    opener: str                      # torchvision's class, of (root, **words); "": it has none
     folder: str                      # under --data-root
     train: dict                      # words, see above
     test: dict
@@ -36,26 +33,28 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {name: Benchmark(*row) for name, *row in (
-    ("imagenet", None, "imagenet", {}, {}, TEMPLATE, ("imagenet1k",),
+    ("imagenet", "", "imagenet", {}, {}, TEMPLATE, ("imagenet1k",),
      "image-net.org, unpacked to train/<class>/ and val/<class>/,"),
-    ("cifar10", CIFAR10, "cifar-10-batches-py", *CIFAR, TEMPLATE, ("vtab-cifar10", "cifar10")),
-    ("cifar100", CIFAR100, "cifar-100-python", *CIFAR, TEMPLATE, ("vtab-cifar100", "cifar100")),
-    ("stl10", STL10, "stl10_binary", *BOTH, TEMPLATE, ("stl10",)),
-    ("caltech101", Caltech101, "caltech101/101_ObjectCategories", *ALL, TEMPLATE, ("vtab-caltech101",)),
-    ("caltech256", Caltech256, "caltech256/256_ObjectCategories", *ALL, "A photo of a {}."),
-    ("pets", OxfordIIITPet, "oxford-iiit-pet", *TRAINVAL, "A photo of a {}, a type of pet.", ("vtab-pets",)),
-    ("cars", StanfordCars, "stanford_cars", *BOTH, "A photo of a {}.", ("cars",), ""),
-    ("food101", Food101, "food-101", *BOTH, "A photo of {}, a type of food.", ("food101",)),
-    ("flowers102", Flowers102, "flowers-102", *BOTH, "A photo of a {}, a type of flower.", ("vtab-flowers",)),
-    ("aircraft", FGVCAircraft, "fgvc-aircraft-2013b", *TRAINVAL, "A photo of a {}, a type of aircraft.",
+    ("cifar10", "CIFAR10", "cifar-10-batches-py", *CIFAR, TEMPLATE, ("vtab-cifar10", "cifar10")),
+    ("cifar100", "CIFAR100", "cifar-100-python", *CIFAR, TEMPLATE, ("vtab-cifar100", "cifar100")),
+    ("stl10", "STL10", "stl10_binary", *BOTH, TEMPLATE, ("stl10",)),
+    ("caltech101", "Caltech101", "caltech101/101_ObjectCategories", *ALL, TEMPLATE, ("vtab-caltech101",)),
+    ("caltech256", "Caltech256", "caltech256/256_ObjectCategories", *ALL, "A photo of a {}."),
+    ("pets", "OxfordIIITPet", "oxford-iiit-pet", *TRAINVAL, "A photo of a {}, a type of pet.",
+     ("vtab-pets",)),
+    ("cars", "StanfordCars", "stanford_cars", *BOTH, "A photo of a {}.", ("cars",), ""),
+    ("food101", "Food101", "food-101", *BOTH, "A photo of {}, a type of food.", ("food101",)),
+    ("flowers102", "Flowers102", "flowers-102", *BOTH, "A photo of a {}, a type of flower.",
+     ("vtab-flowers",)),
+    ("aircraft", "FGVCAircraft", "fgvc-aircraft-2013b", *TRAINVAL, "A photo of a {}, a type of aircraft.",
      ("fgvc_aircraft",)),
-    ("sun397", SUN397, "SUN397", *ALL, TEMPLATE, ("sun397",), ""),
-    ("dtd", DTD, "dtd/dtd", *BOTH, "A surface with a {} texture.", ("vtab-dtd",)),
-    ("eurosat", EuroSAT, "eurosat/2750", *ALL, "A centered satellite photo of {}.", ("vtab-eurosat",)),
-    ("pcam", PCAM, "pcam", *BOTH, "This is a photo of {}.", ("vtab-pcam",)),
-    ("hateful-memes", None, "hateful_memes", *ALL, "a {}.", (),
+    ("sun397", "SUN397", "SUN397", *ALL, TEMPLATE, ("sun397",), ""),
+    ("dtd", "DTD", "dtd/dtd", *BOTH, "A surface with a {} texture.", ("vtab-dtd",)),
+    ("eurosat", "EuroSAT", "eurosat/2750", *ALL, "A centered satellite photo of {}.", ("vtab-eurosat",)),
+    ("pcam", "PCAM", "pcam", *BOTH, "This is a photo of {}.", ("vtab-pcam",)),
+    ("hateful-memes", "", "hateful_memes", *ALL, "a {}.", (),
      "hatefulmemeschallenge.com, or kaggle.com/datasets/parthplc/facebook-hateful-meme-dataset"),
-    ("country211", Country211, "country211", *BOTH, "A photo I took in {}.", ("country211",)))}
+    ("country211", "Country211", "country211", *BOTH, "A photo I took in {}.", ("country211",)))}
 NATIVE = {"cifar10": 32, "cifar100": 32, "stl10": 96}           # attacked at their own resolution, in pixels
 
 # where prompts are not made of class names: rows of what torchvision, CLIP and the paper call a class
@@ -105,7 +104,7 @@ def how_to_get(name, data_root):
     opener, _, _, words, _, shards, source = BENCHMARKS[name]
     if source == "torchvision":
         words = "".join(f", {key}={value!r}" for key, value in words.items())
-        call = f"d.{opener.__name__}('{data_root}'{words}, download=True)"
+        call = f"d.{opener}('{data_root}'{words}, download=True)"
         source = f'python -c "import torchvision.datasets as d; {call}"'
     hub = [f"hf download clip-benchmark/wds_{called} --repo-type dataset --local-dir {data_root}/wds_{called}"
            for called in shards[:1]]
@@ -140,15 +139,15 @@ def _words(name, classes, templates):
 
 def _samples(dataset):
     """The (file, label) pairs of a torchvision set, or the set itself where it is kept in one file."""
-    if isinstance(dataset, Caltech101 | Caltech256):
-        kind = 101 if isinstance(dataset, Caltech101) else 256
+    opener = type(dataset).__name__
+    if kind := {"Caltech101": 101, "Caltech256": 256}.get(opener):
         return [(os.path.join(dataset.root, f"{kind}_ObjectCategories", dataset.categories[y],
                               f"{'image' if kind == 101 else f'{y + 1:03d}'}_{i:04d}.jpg"), y)
                 for i, y in zip(dataset.index, dataset.y)]
     pairs = getattr(dataset, "samples", None) or getattr(dataset, "_samples", None)
     files = getattr(dataset, "_image_files", None) or getattr(dataset, "_images", None) or ()
     pairs = [(str(file), int(label)) for file, label in pairs or zip(files, getattr(dataset, "_labels", ()))]
-    return (sorted(pairs) if isinstance(dataset, SUN397) else pairs) or dataset  # SUN397: in the disk's order
+    return (sorted(pairs) if opener == "SUN397" else pairs) or dataset  # SUN397: in the disk's order
 
 
 def _open_files(name, split, data_root, size):
@@ -161,8 +160,10 @@ def _open_files(name, split, data_root, size):
             raise FileNotFoundError("no test_seen.jsonl and test_unseen.jsonl")
         samples = [(str(folder / row["img"]), row["label"]) for row in rows]
         return Images(name, samples, size), ["meme", "hatespeech meme"]
+    from torchvision import datasets        # here, as it takes more than a second to import
+    opener = getattr(datasets, opener)
     if name == "stl10":         # its checksums would read 2.6 GB that nothing here uses
-        opener = type("STL10", (STL10,), {"_check_integrity": lambda self: True})
+        opener = type("STL10", (opener,), {"_check_integrity": lambda self: True})
     dataset = opener(str(data_root), **(train if split == "train" else test))
     if name in NATIVE:
         images = torch.from_numpy(np.ascontiguousarray(dataset.data))
@@ -187,7 +188,7 @@ def load_benchmark(name, split, *, size, data_root=None, templates="paper"):
     else:
         path, are_shards = find(name, data_root) or (None, False)
         how = f"get it with: {how_to_get(name, data_root)}"
-    benchmark, own = BENCHMARKS.get(name, Benchmark(None, "", {}, {}, TEMPLATE)), []
+    benchmark, own = BENCHMARKS.get(name, Benchmark("", "", {}, {}, TEMPLATE)), []
     unsplit = path and not are_shards and benchmark.train is None
     if split not in ("train", "val") or split == "train" and unsplit:
         raise ValueError(f"{name} is for evaluation only: it has no {split} images")

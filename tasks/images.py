@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.v2 import functional as F
 
 FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"    # not EPS, for which PIL starts Ghostscript
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")    # torchvision's
 MOST_BYTES = 2**30                                              # of a file with one image
 # what a network disk says for a moment, and how long to wait each time before asking again, in seconds
 TRANSIENT = {getattr(errno, name, None) for name in (
@@ -99,6 +98,7 @@ def rgb(source):
 def to_pixels(size, native=False):
     """A function: an image as `rgb` takes it → uint8 [3,size,size], by Resize(256/224·size) and
     CenterCrop(size); native: by neither, ValueError for another size."""
+    from torchvision.transforms.v2 import functional as F       # here, as that takes over a second
     def pixels(source):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")      # of large images, palettes with transparency, odd metadata
@@ -181,11 +181,11 @@ class Folder(Images):
                 self.classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
             for label, name in enumerate(self.classes):
                 files = files_under(self.root / name)
-                images = [(file, label) for file in files if file.lower().endswith(IMG_EXTENSIONS)]
+                images = [(file, label) for file in files if file.lower().endswith(EXTENSIONS)]
                 if not images:
                     raise ValueError(f"no images in {name}/")
                 samples += images
-                others += [file for file in files if not file.lower().endswith(IMG_EXTENSIONS)]
+                others += [file for file in files if not file.lower().endswith(EXTENSIONS)]
             if not samples:
                 raise ValueError("no folders in it")
         except (ValueError, OSError) as error:

@@ -13,7 +13,7 @@ import torch
 
 from harness import checkpoints
 from harness.checkpoints import export_clip, load_visual, read_checkpoint, save_checkpoint
-from model import ImageEncoder, load_clip
+from model import ImageEncoder, load_clip, open_clip_lists
 from toy import pretrain
 
 CONFIG = {"model": "toy", "pretrained": "none"}
@@ -257,11 +257,12 @@ def test_a_whole_clip_is_inferred_only_if_it_is_openais(tmp_path):
         assert read_checkpoint(tmp_path / "whole.pt", "ViT-B-32")["pretrained"] is None
 
 
-def test_openai_weights_without_quickgelu_are_an_error(tmp_path):
+def test_openai_weights_without_quickgelu_are_an_error(tmp_path, monkeypatch):
     """In a whole file as --ckpt and as --pretrained FILE; not if all of it is rounded, which says nothing."""
     config, path = tmp_path / "toy-gelu.json", tmp_path / "full.pt"
     config.write_text(pretrain.CONFIG.read_text().replace('"quick_gelu": true', '"quick_gelu": false'))
     open_clip.add_model_config(config)
+    monkeypatch.setitem(open_clip_lists()[0], "toy-gelu", config)
     plain, state = load_clip("toy-gelu", "none")[0], toy().state_dict()
     halves = {name: tensor.half().float() for name, tensor in state.items()}
     linear = {name: t for name, t in halves.items() if name.startswith("transformer") and t.ndim == 2}

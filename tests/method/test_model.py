@@ -6,7 +6,8 @@ import open_clip
 import pytest
 import torch
 
-from model import ImageEncoder, image_size, load_clip
+from model import ImageEncoder, image_size, load_clip, model_config, open_clip_lists
+from toy import pretrain
 
 # to look at only: it is shared
 kept = functools.cache(lambda name, seed=0: load_clip(name, "none", seed=seed)[0])
@@ -77,6 +78,17 @@ def test_unknown_names_are_one_line_errors(name, pretrained, said):
     with pytest.raises(ValueError, match=said) as error:
         load_clip(name, pretrained)
     assert "\n" not in str(error.value)
+
+
+def test_names_tags_and_configs_are_open_clips():
+    """Which are read without importing it."""
+    files, lists = open_clip_lists()
+    names = [name for name in open_clip.list_models() if not name.startswith("toy")]
+    assert sorted(files) == sorted([*names, "toy"]) and files["toy"] == pretrain.CONFIG
+    assert lists.list_pretrained() == open_clip.list_pretrained()
+    for name, tag in lists.list_pretrained():
+        assert lists.get_pretrained_cfg(name, tag) == open_clip.get_pretrained_cfg(name, tag)
+    assert all(model_config(name) == open_clip.get_model_config(name) for name in names)
 
 
 def test_quickgelu_mismatch_of_which_open_clip_only_warns_is_an_error_before_a_download(monkeypatch):

@@ -105,7 +105,7 @@ def test_how_to_get_names_a_download_that_exists(tmp_path):
         said = how_to_get(name, "DIR")
         # no set is without a way
         assert source or shards
-        assert (f"d.{opener.__name__}('DIR'" in said) if source == "torchvision" else (source in said)
+        assert (f"d.{opener}('DIR'" in said) if source == "torchvision" else (source in said)
         assert not shards or f"clip-benchmark/wds_{shards[0]} " in said
     assert "split='test', download=True" in how_to_get("food101", "DIR")
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from writers import alarm, encoded, png, write_shards
 
-from tasks.images import Images, Unreadable, one_line, rgb, say_once, to_pixels
+from tasks.images import EXTENSIONS, Images, Unreadable, one_line, rgb, say_once, to_pixels
 from tasks.make_cache import make_cache
 from tasks.sampling import fingerprint, labels_of
 from tasks.task import Task, load_task
@@ -188,6 +189,10 @@ def test_folders_read_sixteen_bits_too(tmp_path):
         (tmp_path / name).mkdir()
         Image.fromarray(np.full((30, 30), 257 * 77, np.uint16)).save(tmp_path / name / "x.png")
     assert (load_task(f"folder:{tmp_path}", "val", size=8).images[1][0] == 77).all()
+
+
+def test_images_are_known_by_torchvisions_endings():
+    assert EXTENSIONS == IMG_EXTENSIONS
 
 
 def test_what_is_left_out_of_a_folder_is_said_once(tmp_path, capsys, monkeypatch):

@@ -131,10 +131,13 @@ def write_figure(figure, path):
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)                   # it might be a link to somewhere else
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                 # about characters that the font has not
-        figure.savefig(temporary, dpi=110, format=path.suffix[1:])
-    temporary.replace(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # about characters that the font has not
+            figure.savefig(temporary, dpi=110, format=path.suffix[1:])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def try_to_draw(draw, path, *facts):

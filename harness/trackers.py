@@ -34,7 +34,7 @@ class TensorBoard:
 
 class WandB:
     """A run of Weights & Biases; the file wandb-id keeps its id, under which the run goes on. The project is
-    WANDB_PROJECT, or tecoa; WANDB_MODE=offline writes to the run's folder alone, wandb/."""
+    WANDB_PROJECT, or zero-shot-robustness; WANDB_MODE=offline writes to the run's folder alone, wandb/."""
 
     def __init__(self, out, config, step, goes_on):
         import wandb
@@ -43,9 +43,9 @@ class WandB:
             path.unlink(missing_ok=True)                # it might be a link to somewhere else
             path.write_text(uuid.uuid4().hex)
         # console: what is printed stays as it is
-        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "tecoa"), id=path.read_text().strip(),
-                              name=out.resolve().name[:128], dir=out, resume="allow", config=config,
-                              settings=wandb.Settings(console="off"))
+        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "zero-shot-robustness"), dir=out,
+                              name=out.resolve().name[:128], id=path.read_text().strip(), resume="allow",
+                              config=config, settings=wandb.Settings(console="off"))
 
     def log(self, step, values):
         self.run.log(values, step=step)

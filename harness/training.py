@@ -367,19 +367,20 @@ class TrainingRun:
                                 training=training, **({"prompts": prompts} if prompts else {}))
             except OSError as error:
                 self.stop(f"stopped after step {step}: {error}; what was saved before is whole: make room, "
-                          f"then --resume {self.out}")
+                          f"then --resume {self.out}", draw=False)
         self.saved = time.perf_counter()
 
     def warn(self, text):
         self.bar.write(f"warning: {text}", file=sys.stderr)
 
-    def stop(self, text, end=lambda: sys.exit(1)):
-        """End the run, and say why in a line, once."""
+    def stop(self, text, end=lambda: sys.exit(1), draw=True):
+        """End the run, and say why in a line, once; draw: there is room for curves.png."""
         self.bar.close()
         if RANK == 0:
             print(f"{self.parser.prog}: {text}", file=sys.stderr, flush=True)
             self.trackers.tell("close", 1)
-            self.draw_curves()
+            if draw:
+                self.draw_curves()
         end()
 
     def print(self, text):

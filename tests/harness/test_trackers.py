@@ -139,12 +139,6 @@ def test_a_missing_package_is_one_line_before_anything_is_computed(monkeypatch, 
     assert done.stdout == "" and not (tmp_path / "run").exists()
 
 
-def test_no_account_is_one_error(forks, tmp_path):
-    script, environment = alone("wandb", tmp_path), {"HOME": str(tmp_path), "WANDB_API_KEY": ""}
-    _, stderr = forks.run(script, out=tmp_path / "o", status=1, WANDB_MODE="online", **environment)
-    assert stderr.splitlines()[-1].startswith("ValueError: --report-to wandb: No API key configured")
-
-
 def test_a_tracker_that_fails_is_closed_with_a_warning_and_the_others_go_on(capsys):
     trackers, told = Trackers("none"), []
 

@@ -26,7 +26,7 @@ import torch
 from attacks import apgd, ascent, cw_margin, dlr, image_keys, margin, pgd_any, pgd_last, square
 from harness import processes
 from harness.checkpoints import export_clip, load_visual, read_checkpoint
-from harness.evaluation import EvaluationRun, choose_examples, load_tasks, progress, settle, shared
+from harness.evaluation import EvaluationRun, choose_examples, load_tasks, phase, progress, settle, shared
 from harness.options import ByModel, Parser, add_shared_options, number, shares
 from harness.processes import DTYPES, RANK, rank0, rank0_first
 from harness.reports import mean, summary
@@ -134,9 +134,10 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
 
 
 # ------------------------------------------------------------------------------ the protocol: what counts
-def evaluate_batch(encoder, head, logit_scale, batch, options):
+def evaluate_batch(encoder, head, logit_scale, batch, options, bar=None):
     """(one record for each image, {name: tensor} of those attacked); see `evaluate`."""
     x, y, index, _ = batch
+    phase(bar, "clean")
     clean = predict(encoder, head, logit_scale, to_float(x))
     rows = zip(*(tensor.tolist() for tensor in (index, y, clean)))
     records = [dict(zip(("image", "label", "clean"), row)) for row in rows]
@@ -144,6 +145,7 @@ def evaluate_batch(encoder, head, logit_scale, batch, options):
     if not right.any():                # what is wrong already cannot be robust, and is not attacked
         return records, {}
     x, y, index = to_float(x[right]), y[right], index[right]
+    phase(bar, "attack")
     x_adv, *facts = run_attacks(encoder, head, logit_scale, x, y, index, **options)
     attacked = [record for record in records if record["clean"] == record["label"]]
     for record, *values in zip(attacked, *(tensor.tolist() for tensor in facts)):
@@ -154,16 +156,14 @@ def evaluate_batch(encoder, head, logit_scale, batch, options):
 
 def evaluate(encoder, head, logit_scale, task, options, *, batch_size, workers=0, bar=None, done=None,
              keep=None, probe=True):
-    """One record for each image of a task, from all processes, which share the images: a sorted list of
-    dicts.
+    """One record for each image of a task, from all processes, which share them: a sorted list of dicts.
 
     encoder: x [B,3,H,W] → z [B,D]; head: [K,D]; options: of `run_attacks`. A record's keys: image (its
     number), label, clean (the class predicted, −1: NaN); if that is right also adversarial (likewise, of the
     attacked image), by (the attack that broke it, or None), at, passes, zero, uphill as in `run_attacks`; for
     some that gradient attacks left standing, if `probe`, probe (whether a short Square breaks them, which
     leads to a warning and counts for nothing else). An image that cannot be read has image and error alone.
-    done: {number: record} of an earlier run, not done again. keep(task, records, tensors) is called after
-    each batch."""
+    done: {number: record} of an earlier run, not done again. keep(task, records, tensors): after a batch."""
     numbers, records = image_numbers(task), dict(done or {})
     share = partial(shared, task=task, batch_size=batch_size, workers=workers, device=head.device, keep=keep)
 
@@ -171,19 +171,20 @@ def evaluate(encoder, head, logit_scale, task, options, *, batch_size, workers=0
         broken = run_attacks(encoder, head, logit_scale, *batch[:3], **options | PROBE)[2] >= 0
         return [{"image": i, "probe": value} for i, value in zip(batch.index.tolist(), broken.tolist())], {}
 
-    found = share(lambda batch: evaluate_batch(encoder, head, logit_scale, batch, options), bar=bar,
+    found = share(lambda batch: evaluate_batch(encoder, head, logit_scale, batch, options, bar), bar=bar,
                   positions=[position for position, image in enumerate(numbers) if image not in records])
     records |= {record["image"]: record for record in found}
     if probe and options["names"] != ["square"]:        # does random search find what gradients do not?
         some = [(p, records[numbers[p]]) for p in range(0, len(numbers), math.ceil(len(numbers) / PROBED))]
-        for record in share(probed, positions=[p for p, record in some if record.get("by", "") is None
-                                               and "probe" not in record]):
+        standing = [p for p, record in some if record.get("by", "") is None and "probe" not in record]
+        phase(bar, "probe", more=len(standing))
+        for record in share(probed, bar=bar, positions=standing):
             records[record["image"]] |= record
     return [records[image] for image in sorted(records)]
 
 
 def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, done=None, after=None, **more):
-    """`evaluate` on several tasks, one progress bar: {"tasks": {name: row}, "mean": {"clean", "robust"}}.
+    """`evaluate` on several tasks under one bar: {"tasks": {name: row}, "mean": {"clean", "robust"}}.
 
     options: of `run_attacks`; done: {task: {number: record}}; after(results, task, records): called after
     each task, with what there is. `more` goes to `evaluate`."""

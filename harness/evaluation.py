@@ -19,7 +19,7 @@ from tqdm import tqdm
 from harness import files
 from harness.options import ByModel, differences
 from harness.processes import RANK, WORLD, environment, gathered, rank0
-from harness.reports import draw_examples, full_table
+from harness.reports import draw_examples, full_table, try_to_draw
 from kernels.pgd_step import to_float
 from tasks.benchmarks import present
 from tasks.loading import Batch, batches, on_device
@@ -141,7 +141,7 @@ class EvaluationRun:
             print(f"warning: {text}")
         if pictures:
             label = Path(self.args.ckpt or self.args.model).stem
-            draw_examples(self.out / "examples.png", {label: pictures}, self.args.eps)
+            pictures = try_to_draw(draw_examples, self.out / "examples.png", {label: pictures}, self.args.eps)
         print((f"{self.out} is finished: this is its table, nothing was computed" if self.finished else
                f"wrote {self.out}/results.json, images.jsonl") + ", examples.png" * bool(pictures)
               + (f"; {self.save_adv}/" if self.save_adv else ""))
@@ -178,6 +178,14 @@ def load_tasks(words, model, **options):
     return tasks, missing
 
 
+def phase(bar, name, more=0):
+    """Say in a bar, if there is one, which phase begins: clean, attack or probe. more: images in it that the
+    bar's total does not count yet."""
+    if bar is not None:
+        bar.phase, bar.total = name, bar.total + more
+        bar.set_postfix_str(name)
+
+
 @contextmanager
 def progress(encoder, tasks, done):
     """(a progress bar over the images of the tasks, the encoder, which says in it where a long attack is)."""
@@ -187,7 +195,7 @@ def progress(encoder, tasks, done):
         def watched(x):
             nonlocal shown
             if time.perf_counter() > shown + 1:
-                bar.set_postfix_str(f"{len(x)} in attack")
+                bar.set_postfix_str(f"{bar.phase}, {len(x)} images")
                 shown = time.perf_counter()
             return encoder(x)
         yield bar, watched
@@ -223,15 +231,18 @@ def shared(judge, task, positions, *, batch_size, workers, device, keep=None, ba
     """The records of the images at these positions, in all processes, which share them, none twice. One that
     cannot be read has image and error. judge(batch) → (records, {name: tensor}); keep(task, records,
     tensors): called after each batch."""
-    mine, size = [], max(1, batch_size // WORLD)
+    mine, size, left = [], max(1, batch_size // WORLD), len(positions)
     for batch in on_device(batches(task, positions[RANK::WORLD], size, workers, bad="leave out"), device):
         records, tensors = judge(batch) if len(batch.y) else ([], {})
         records += [{"image": image, "error": error} for image, error in batch.errors]
         if keep is not None:
             keep(task, records, tensors)
         if bar is not None:
-            bar.update(len(records) * WORLD)
+            bar.update(min(len(records) * WORLD, left))
+        left -= min(len(records) * WORLD, left)
         mine += records
+    if WORLD > 1:
+        phase(bar, "waits for other processes")
     return sum(gathered(mine), [])
 
 

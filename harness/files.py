@@ -67,7 +67,8 @@ def evaluations_in(folder):
 
 def remove_results(folder):
     """Remove what a run or an evaluation has left in its folder, but for the log, which is open."""
-    names = ("results.json", "ckpt.pt", "ckpt-previous.pt", "results_before.json", "examples.png")
+    names = ("results.json", "ckpt.pt", "ckpt-previous.pt", "results_before.json", "examples.png",
+             "curves.png")
     for path in [*(folder / name for name in names), *folder.glob("images*.jsonl")]:
         path.unlink(missing_ok=True)
 

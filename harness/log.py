@@ -5,6 +5,8 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 
 class Log:
@@ -60,3 +62,16 @@ class Log:
         """Have every row on the disk: OSError."""
         self.flush()
         os.fsync(self.file.fileno())
+
+
+def read_log(path):
+    """The rows of a log.jsonl, which a run may be writing: lines that are not whole are left out. OSError.
+    Not for the run's own process, whose lock would end."""
+    rows = []
+    for line in Path(path).read_bytes().splitlines():
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and all(isinstance(value, int | float) and math.isfinite(value)
+                                             for word, value in row.items() if word != "nonfinite"):
+                rows += [row] if "step" in row else []
+    return rows

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import kernels
 from harness.files import sha256
 from harness.processes import RANK
+from harness.trackers import tracker_names
 from model import ADAPTATIONS
 from tasks.images import printable
 
@@ -244,5 +245,8 @@ def add_shared_options(parser, *, training):
     option("--kernels", "auto", choices=("auto", "triton", "torch"), resumable=True,
            help="auto: Triton on a GPU, else the same in PyTorch")
     option("--out", metavar="DIR", result=False, help="folder to write to (default: a name under out/)")
+    if training:
+        option("--report-to", "none", type=tracker_names, metavar="WHERE", result=False, help="log to "
+               "tensorboard, wandb, or tensorboard,wandb as well; all: both")
     option("--overwrite", False, action="store_true", result=False,
            help="replace what is in that folder (default: never)")

@@ -1,6 +1,9 @@
 """What results look like: rows of counts and intervals, signs of a broken evaluation, tables, pictures."""
 import math
+import sys
 import textwrap
+import warnings
+from pathlib import Path
 
 
 def interval(count, n):
@@ -116,6 +119,77 @@ def full_table(results):
     return in_pipes(lines)
 
 
+# ------------------------------------------------------------------------------ pictures
+def plain(text):
+    """Text as matplotlib takes it with parse_math=False, or else a $ would begin a formula: what cannot be
+    encoded, of a file's name, as escapes."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
+def write_figure(figure, path):
+    """Write a figure to a file of the kind that its name says, whole or not at all. ValueError: unknown."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)                   # it might be a link to somewhere else
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # about characters that the font has not
+            figure.savefig(temporary, dpi=110, format=path.suffix[1:])
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def try_to_draw(draw, path, *facts):
+    """draw(path, *facts), or a line that says why not, as nothing else may hang on a picture: whether it is
+    drawn."""
+    try:
+        draw(path, *facts)
+        return True
+    except Exception as error:
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        print(f"warning: {plain(path)} cannot be drawn: {plain(said)}", file=sys.stderr)
+        return False
+
+
+def draw_curves(path, logs):
+    """Draw to a PNG, or another picture, over the steps: loss, accuracy on the attacked batches, learning
+    rate, images/s; with a cross at the foot for each step that was not finite. logs: {a run's label: rows of
+    its log.jsonl}. ValueError: there is nothing to draw."""
+    empty = [label for label, rows in logs.items() if not any("loss" in row for row in rows)]
+    if empty:
+        raise ValueError(f"the log of {empty[0]} has no steps yet")
+    # here, as it takes long to import; without pyplot, which would set this process's backend
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = dict(zip(("loss", "robust", "lr", "images_per_s"), figure.subplots(2, 2, sharex=True).flat))
+    titles = "loss", "accuracy on the attacked batches, %", "learning rate", "images per second"
+    for (key, axis), title in zip(axes.items(), titles):
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=.3)
+        for number, rows in enumerate(logs.values()):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            # a long run's rows in means over as many as leave 500 points
+            many = math.ceil(len(points) / 500) or 1
+            parts = [points[i:i + many] for i in range(0, len(points), many)]
+            means = [[sum(column) / len(part) for column in zip(*part)] for part in parts]
+            axis.plot(*zip(*means), color=f"C{number}", marker="." if len(means) < 20 else "")
+    for number, rows in enumerate(logs.values()):
+        lost = [row["step"] for row in rows if "nonfinite" in row]
+        axes["loss"].plot(lost, [.02] * len(lost), "x", color=f"C{number}",
+                          transform=axes["loss"].get_xaxis_transform())
+        if lost:
+            axes["loss"].set_title("loss (×: a step left out, not finite)", fontsize=10)
+    for key in ("lr", "images_per_s"):
+        axes[key].set_xlabel("step")
+        axes[key].set_ylim(0, 1.05 * axes[key].dataLim.ymax or 1)
+    legend = figure.legend([figure.axes[0].lines[k] for k in range(len(logs))], [*map(plain, logs)],
+                           loc="outside upper center", ncols=1 if len(logs) < 4 else 2, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    write_figure(figure, path)
+
+
 def draw_examples(path, rows, eps):
     """Draw attacked images to a PNG: clean ones, and for each model δ amplified and adversarial ones, with
     the classes that it takes them for. rows: {the model's label: of `choose_examples`}, the same images for
@@ -136,10 +210,11 @@ def draw_examples(path, rows, eps):
     axes = figure.subplots(len(grid), len(first), squeeze=False,
                            subplot_kw={"xticks": [], "yticks": [], "frameon": False})
     for axis, example in zip(axes[0], first):
-        axis.set_title(example["task"], fontsize=10)
+        axis.set_title(plain(example["task"]), fontsize=10, parse_math=False)
     for line, (label, cells) in zip(axes, grid):
-        line[0].set_ylabel(label, fontsize=9)
+        line[0].set_ylabel(plain(label), fontsize=9, parse_math=False)
         for axis, (image, text, colour) in zip(line, cells):
             axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-            axis.set_xlabel("\n".join(textwrap.wrap(text, 20)[:3]), color=colour, fontsize=8, labelpad=2)
-    figure.savefig(path, dpi=110)
+            words = "\n".join(textwrap.wrap(plain(text), 20)[:3])
+            axis.set_xlabel(words, color=colour, fontsize=8, labelpad=2, parse_math=False)
+    write_figure(figure, path)

@@ -22,7 +22,8 @@ from harness.checkpoints import FORMAT, load_visual, read_checkpoint, save_check
 from harness.log import Log
 from harness.options import differences
 from harness.processes import LAUNCH, RANK, RESTARTS, WORLD, environment, gathered, rank0
-from harness.reports import at_chance, draw_examples, markdown_table
+from harness.reports import at_chance, draw_curves, draw_examples, markdown_table, try_to_draw
+from harness.trackers import Trackers
 from model import parts_of
 from tasks.loading import batches, on_device
 from tasks.sampling import fingerprint, training_order
@@ -51,6 +52,7 @@ class TrainingRun:
             self.args.out, self.identity = str(self.out), parser.identity(self.args)
             self.device = processes.start(self.args)
             self.look()
+            self.trackers = Trackers(self.args.report_to)
         self.first_step = self.checkpoint["step"] if self.checkpoint else 0
         training = self.checkpoint["training"] if self.first_step else {}
         self.kept, self.skipped = training.get("kept", {}), training.get("skipped", 0)
@@ -121,6 +123,8 @@ class TrainingRun:
         if self.first_step >= total_steps and files.read_json(self.out / "results.json"):
             self.show_finished()
         rank0(self.take_folder)
+        config = vars(self.args) | environment(self.device)
+        rank0(lambda: self.trackers.start(self.out, config, self.first_step, bool(self.checkpoint)))
         if RANK > 0:
             self.log = Log(None, 0)
 
@@ -307,8 +311,10 @@ class TrainingRun:
             rate, epoch = self.images / (time.perf_counter() - self.logged), (step - 1) // self.per_epoch
             self.bar.set_postfix(loss=f"{loss / count:.3f}", robust=f"{100 * right / count:.1f}%",
                                  images_per_s=f"{rate:.0f}")
-            self.log.write({"step": step, "epoch": epoch, "loss": loss / count, "robust": 100 * right / count,
-                            "lr": lr, "images_per_s": round(rate, 1)})
+            row = {"loss": loss / count, "robust": 100 * right / count, "lr": lr,
+                   "images_per_s": round(rate, 1)}
+            self.log.write({"step": step, "epoch": epoch, **row})
+            self.trackers.tell("log", step, {f"train/{word}": value for word, value in row.items()})
             args = self.args
             if not self.warned and at_chance(self.log.rows, args.warmup, args.batch_size, self.classes):
                 self.warned = True
@@ -356,39 +362,50 @@ class TrainingRun:
                         "others": {name: p.detach().cpu() for name, p in self.others.items()}}
             try:
                 self.log.sync()
+                self.trackers.tell("flush")
                 save_checkpoint(self.out / "ckpt.pt", self.clip, vars(self.args), step=step, launch=LAUNCH,
                                 training=training, **({"prompts": prompts} if prompts else {}))
             except OSError as error:
                 self.stop(f"stopped after step {step}: {error}; what was saved before is whole: make room, "
-                          f"then --resume {self.out}")
+                          f"then --resume {self.out}", draw=False)
         self.saved = time.perf_counter()
 
     def warn(self, text):
         self.bar.write(f"warning: {text}", file=sys.stderr)
 
-    def stop(self, text, end=lambda: sys.exit(1)):
-        """End the run, and say why in a line, once."""
+    def stop(self, text, end=lambda: sys.exit(1), draw=True):
+        """End the run, and say why in a line, once; draw: there is room for curves.png."""
         self.bar.close()
         if RANK == 0:
             print(f"{self.parser.prog}: {text}", file=sys.stderr, flush=True)
+            self.trackers.tell("close", 1)
+            if draw:
+                self.draw_curves()
         end()
 
     def print(self, text):
         if RANK == 0:
             print(text, flush=True)
 
+    def draw_curves(self):
+        """curves.png, if a step was logged."""
+        if any("loss" in row for row in self.log.rows):
+            try_to_draw(draw_curves, self.out / "curves.png", {self.out.resolve().name: self.log.rows})
+
     def finish(self, before, after, examples):
-        """Draw examples.png, write results.json, with which the run is over, print the tables, end the
-        process. before, after: of `evaluate_tasks`; examples: {label: of `attacked_examples`}."""
+        """Write results.json, with which the run is over, print the tables, draw curves.png and examples.png,
+        end the process. before, after: of `evaluate_tasks`; examples: {label: of `attacked_examples`}."""
         if RANK == 0:
-            if all(examples.values()):
-                draw_examples(self.out / "examples.png", examples, self.args.eps)
             facts = {"config": vars(self.args) | environment(self.device), "identity": self.identity,
                      "code": files.source_version(), "step": self.total_steps,
                      "trained": sum(p.numel() for p in self.trainable.values())}
             after = facts | ({"skipped": self.skipped} if self.skipped else {}) | after
             files.write_json(self.out / "results.json", after)
             self.print_tables(before, after)
+            self.trackers.report(self.total_steps, after)
+            self.draw_curves()
+            if all(examples.values()):
+                try_to_draw(draw_examples, self.out / "examples.png", examples, self.args.eps)
             print(f"\nwrote {self.out}/: " + ", ".join(path.name for path in sorted(self.out.iterdir())
                                                        if path.is_file()))
         processes.end()

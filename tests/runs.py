@@ -8,7 +8,8 @@ from conftest import ROOT
 # 8 steps an epoch; evaluated on the digits alone
 WORDS = ("--pretrained", "none", "--dataset", "digits", "--tasks", "none", "--limit", 64, "--batch-size", 8,
          "--warmup", 4, "--eval-steps", 1)
-FREE = ("out", "save_every", "max_steps", "workers")        # options that may differ in runs to the same bits
+# options that may differ in runs to the same bits
+FREE = ("out", "save_every", "max_steps", "workers", "report_to")
 
 
 def log_of(out):

@@ -104,6 +104,13 @@ def test_importing_changes_nothing_in_the_process():
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def test_packages_for_some_runs_alone_are_imported_in_those_alone():
+    for module in TREES:
+        some = {"matplotlib", "scipy", "tensorboard", "wandb", "torch.utils.tensorboard"}
+        early = {name for name in imported(module, lazily=False) if {name, room(name)} & some}
+        assert not early or module == "experiments.figures", (module, early)
+
+
 def test_no_function_is_longer_than_60_lines():
     for module, tree in TREES.items():
         for node in ast.walk(tree):

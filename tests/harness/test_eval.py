@@ -1,6 +1,8 @@
 """eval_zeroshot.py: attacks in turn, verdicts, signs of a broken evaluation; whose results a folder holds,
 killed evaluations, saved images."""
 import fcntl
+import io
+import itertools
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from runs import when
 from torch.utils.data import Subset
 
 from eval_zeroshot import attack_list, defined, evaluate, evaluate_tasks, make_parser, run_attacks
+from harness import evaluation
 from harness.checkpoints import save_checkpoint
 from harness.evaluation import EvaluationRun, adversarial_folder, save_adversarial, settle, without_unsaved
 from harness.processes import DTYPES
@@ -280,6 +283,36 @@ def test_evaluate_reads_each_image_once(toy):
     assert sorted(set(seen)) == [i for i in range(30) if i not in (3, 29)] and len(attacked) > 10
     assert [r["image"] for r in records] == list(range(30))
     assert records[3] == {"image": 3, "label": 0, "clean": 1}
+
+
+def test_the_bar_names_its_phase_and_is_full_only_when_all_is_done(toy, monkeypatch):
+    """What it says at each forward pass: of 20 images in batches of eight, then of a probe of those that
+    stand. One image is known from before."""
+    encoder, head, scale, _ = toy
+    task, said, bars = load_task("colours", "val", limit=20), [], []
+
+    class Bar(evaluation.tqdm):
+        def __init__(self, **words):
+            super().__init__(**words, file=io.StringIO(), mininterval=0)
+            bars.append(self)
+
+    class Watched(torch.nn.Module):
+        def forward(self, x):
+            said.append((bars[0].postfix.split(",")[0], bars[0].n, bars[0].total))
+            return encoder(x)
+    net = Watched()
+    net.clip = encoder
+    monkeypatch.setattr(evaluation, "tqdm", Bar)
+    early = {"colours": {7: {"image": 7, "label": 0, "clean": 1}}}
+    results = evaluate_tasks(net, {"colours": head}, scale, [task], PGD | {"eps": 1 / 255, "steps": 2},
+                             label="x", batch_size=8, done=early)
+    standing = results["tasks"]["colours"]["standing"]
+    assert [phase for phase, group in itertools.groupby(word for word, *_ in said)] == [
+        "clean", "attack"] * 3 + ["probe"]
+    assert {(n, total) for word, n, total in said if word != "probe"} == {(1, 20), (9, 20), (17, 20)}
+    assert {n for word, n, _ in said if word == "probe"} == {*range(20, 20 + standing, 8)}
+    assert {total for word, _, total in said if word == "probe"} == {20 + standing} and standing > 8
+    assert bars[0].n == bars[0].total
 
 
 def test_processes_share_the_images_none_twice(toy, monkeypatch):

@@ -100,7 +100,7 @@ def test_evaluations_inside_a_folder_are_set_aside_or_removed_and_nothing_else(t
     assert (run / "step7-eval" / "images.jsonl").read_text() == "evaluated again"
 
     for name in ("results.json", "ckpt.pt", "ckpt-previous.pt", "results_before.json", "examples.png",
-                 "images.jsonl", "images-1.jsonl", "log.jsonl", "mine.txt"):
+                 "curves.png", "images.jsonl", "images-1.jsonl", "log.jsonl", "mine.txt"):
         (run / name).touch()
     files.remove_results(run)
     assert {path.name for path in run.iterdir() if path.is_file()} == {"log.jsonl", "mine.txt"}

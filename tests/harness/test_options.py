@@ -56,7 +56,8 @@ TEXTS = ("a", "A", "a/b", "a-b", "a_b", "a,b", "a+b", "a b", "a\tb", " a", "a ",
          "/a", "./a", "../a", "..", "", "é", "e", "É", "a\nb", "\udc80", "x" * 300, "x" * 299 + "y",
          "y" * 300, "None")
 NUMBERS = ("1", "2", "3", "11", "0.25", "0.3", "0.30000001", "1.0000001", "1e-05", "123456.7", "123456.8")
-OTHERS = ("linear", "partial", "image-prompt", "token-prompt", "token-prompt,image-prompt", "7m", "0.7m")
+OTHERS = ("linear", "partial", "image-prompt", "token-prompt", "token-prompt,image-prompt", "7m", "0.7m",
+          "tensorboard", "wandb,tensorboard")
 
 
 def values_of(parser, action):
@@ -111,7 +112,7 @@ def test_only_what_cannot_change_a_result_is_left_out_of_the_identity():
     """Written down once more, so that nobody adds to these by mistake."""
     train, evaluate = PARSERS.values()
     both = {"help", "workers", "out", "overwrite"}
-    assert train.harmless == both | {"save_every", "max_nonfinite", "resume"}
+    assert train.harmless == both | {"save_every", "max_nonfinite", "resume", "report_to"}
     assert evaluate.harmless == both | {"batch_size", "examples", "save_adv", "export"}
     assert train.resumable == {"data_root", "device", "compile", "kernels", "accumulate", "max_steps"}
 

@@ -82,7 +82,8 @@ def compiling_without_cpp(**config):
 def test_training_writes_what_it_promises(trained, read_json):
     out, printed = trained
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == [
-        "ckpt-previous.pt", "ckpt.pt", "examples.png", "log.jsonl", "results.json", "results_before.json"]
+        "ckpt-previous.pt", "ckpt.pt", "curves.png", "examples.png", "log.jsonl", "results.json",
+        "results_before.json"]
     for name in ("results.json", "results_before.json"):
         results = read_json(out / name)
         check_schema(results, ["unseen", "colours"])
@@ -96,8 +97,9 @@ def test_training_writes_what_it_promises(trained, read_json):
     assert lines[1]["lr"] < lines[2]["lr"] > lines[-1]["lr"]
     head = "| task | images | classes | chance | CLIP clean | CLIP robust | tecoa clean | tecoa robust |"
     assert head in printed
-    with Image.open(out / "examples.png") as picture:
-        assert picture.width > 200 and np.asarray(picture.convert("L")).std() > 20
+    for name in ("curves.png", "examples.png"):
+        with Image.open(out / name) as picture:
+            assert picture.width > 200 and np.asarray(picture.convert("L")).std() > 20
 
 
 def test_training_really_makes_it_robust(trained, read_json):
@@ -369,6 +371,7 @@ def test_bad_input_ends_in_one_line_and_status_2(run, forks, monkeypatch, tmp_pa
         (f"--dataset folder:{empty}", "empty"), ("--eps -1", "--eps"),
         (f"--dataset folder:{tmp_path / 'split'}", "only one class"),
         ("--eps nan", "--eps"), ("--steps 0", "--steps"), ("--steps 1.5", "--steps"), ("--bogus", "--bogus"),
+        ("--report-to mlflow", "tensorboard, wandb"),
         ("--loss mse", "--loss"), ("--lim 3", "--lim"), ("--device tpu9", "--device"),
         ("--tasks digit --limit 9", "unknown task"),
         ("--batch-size 90 --limit 89", "--batch-size"), (f"--pretrained {garbage}", "cannot load"),

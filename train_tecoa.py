@@ -72,7 +72,7 @@ option("--max-steps", type=number(int, 1), metavar="N", resumable=True, help="st
 option("--optimizer", "sgd", choices=OPTIMIZERS, help="sgd has momentum 0.9")
 option("--lr", lambda args: prompts_lr(args) if "prompt" in args.adapt else weights_lr(args),
        type=number(float, 0), help="peak learning rate (default: the loss's own in losses.py, mostly 1e-05, "
-       "toy: 0.007; adamw: 1e-05, toy: 0.0005; prompts: 40, toy: 10, adamw: 0.1)")
+       "toy: 0.014; adamw: 1e-05, toy: 0.0005; prompts: 40, toy: 10, adamw: 0.1)")
 option("--weight-decay", lambda args: 0. if args.optimizer == "sgd" else 1e-4, type=number(float, 0),
        help="of what trains (default: 0; adamw: 1e-4, FARE's)")
 option("--warmup", ByModel(1000, 25), type=number(int, 0), help="steps of linear warm-up, then cosine to 0")

@@ -242,7 +242,7 @@ def make_parser(description):
     option("--limit", lambda args: 200 if args.model == "toy" else None, type=number(int, 1), metavar="N",
            help="images of each task (default: toy: 200; else all)")
     option("--epochs", ByModel(10, 2), type=number(int, 1), help="of each training")
-    option("--batch-size", ByModel(256, 128), type=number(int, 1), help="in training")
+    option("--batch-size", ByModel(256, 64), type=number(int, 1), help="in training")
     option("--max-steps", type=number(int, 1), metavar="N", help="stop each training after N steps")
     option("--processes", 1, type=number(int, 1), help="of torchrun, for each run")
     return parser

@@ -119,7 +119,7 @@ class EvaluationRun:
         args = self.args
         named = args.pretrained not in (None, "none") and not Path(args.pretrained).is_file()
         strong = "apgd" in args.attack or "autoattack" in args.attack
-        large = args.norm == "linf" and args.eps >= ByModel(1, 8)(args)
+        large = args.norm == "linf" and args.eps >= ByModel(1, 11)(args)
         shown = named and not args.ckpt and strong and large and robust > 10
         return [f"{robust:.1f} % robust for a CLIP that was never made robust: nearly 0 is expected, so the "
                 "attack may be broken"] if shown else []

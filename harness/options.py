@@ -193,7 +193,7 @@ def default_eps(args):
     """ε in 1/255: the paper's in linf; there is no usual one in l2."""
     if args.norm == "l2":
         raise ValueError("--norm l2 needs --eps, in 1/255")
-    return ByModel(1., 8.)(args)
+    return ByModel(1., 11.)(args)
 
 
 def default_step_size(args, training):
@@ -225,13 +225,13 @@ def add_shared_options(parser, *, training):
     option("--norm", lambda args: "linf", choices=("linf", "l2"), help="of the ε-ball; l2 wants --eps "
            "(default: linf)")
     option("--eps", default_eps, type=number(float, 0), help="radius of the ball in 1/255 (default: 1; toy: "
-           "8)")
+           "11)")
     option("--steps", 2 if training else 100, type=number(int, 1), help="gradient steps")
     option("--step-size", partial(default_step_size, training=training), type=number(float, 0, strict=True),
            help="length of a step in 1/255 (default: 1, the paper's; toy and l2: "
            f"{'1.25 ε / steps' if training else 'ε / 4'})")
     option = partial(parser.option, parser.add_argument_group("run"))
-    option("--batch-size", ByModel(256, 128) if training else 256, type=number(int, 1), result=training,
+    option("--batch-size", ByModel(256, 64) if training else 256, type=number(int, 1), result=training,
            help="images, over all processes")
     option("--seed", 0, type=number(int, 0), help="of everything random")
     option("--device", "cuda" if torch.cuda.is_available() else "cpu", resumable=True,

@@ -182,7 +182,7 @@ def test_the_stages_know_every_option(blank):
                         assert f"  {word} " in texts[script] or f"  {word}\n" in texts[script], word
     flat = " ".join(texts["train_tecoa.py"].split())
     assert "passes over the data set (default: 10; toy: 2)" in flat
-    assert re.search(r"--batch-size [^-]*\(default: 256; toy: 128\)", flat)
+    assert re.search(r"--batch-size [^-]*\(default: 256; toy: 64\)", flat)
 
 
 def test_a_script_that_fails_is_reported_in_one_line(tmp_path):

@@ -179,8 +179,8 @@ def test_defaults_depend_on_other_options():
     """As the paper and the authors of FARE have them; for the toy, ours."""
     real = ("--model", "ViT-B-32-quickgelu", "--pretrained", "openai")
     for words, expected in (
-            ((), {"eps": 8, "steps": 2, "step_size": 5, "lr": 7e-3, "weight_decay": 0, "epochs": 2,
-                  "batch_size": 128, "pretrained": "seed0", "dataset": "toy", "dtype": "fp32"}),
+            ((), {"eps": 11, "steps": 2, "step_size": 6.875, "lr": .014, "weight_decay": 0, "epochs": 2,
+                  "batch_size": 64, "pretrained": "seed0", "dataset": "toy", "dtype": "fp32"}),
             (("--seed", 5), {"pretrained": "seed5"}), (("--eps", 4, "--steps", 5), {"step_size": 1}),
             (real, {"eps": 1, "steps": 2, "step_size": 1, "lr": 1e-5, "epochs": 10, "warmup": 1000,
                     "batch_size": 256, "pretrained": "openai", "dataset": "imagenet"}),
@@ -191,7 +191,7 @@ def test_defaults_depend_on_other_options():
             ((*real, "--adapt", "image-prompt"), {"lr": 40, "border": 30, "tokens": None}),
             (("--adapt", "token-prompt,image-prompt"), {"lr": 10, "border": 4, "tokens": 5}),
             (("--adapt", "token-prompt", "--optimizer", "adamw"), {"lr": .1}),
-            (("--adapt", "partial"), {"last_blocks": 2, "lr": 7e-3}),
+            (("--adapt", "partial"), {"last_blocks": 2, "lr": .014}),
             (("--device", "cuda"), {"dtype": "bf16"})):
         found = vars(training(*words)[0])
         assert {word: found[word] for word in expected} == expected, words

@@ -299,7 +299,7 @@ def test_what_another_process_finished_meanwhile_is_not_written_over(forks, whol
     copied = f"    import shutil\n    shutil.copytree({str(whole)!r}, run.out)\n"
     script = changed_copy(tmp_path / "slow.py", (claim, copied + claim))
     _, stderr = forks.run(script, *EPOCHS, "--lr", .1, "--out", out, out=tmp_path / "o", status=2)
-    assert "holds a finished run, with --lr 0.007 (here 0.1)" in stderr
+    assert "holds a finished run, with --lr 0.014 (here 0.1)" in stderr
     assert_same(whole, out)
     assert contents(whole).keys() == contents(out).keys()
 
@@ -316,7 +316,7 @@ def test_what_cannot_go_on_says_why(forks, whole, run_copy, tmp_path):
             (["--resume", tmp_path / "empty"], "no checkpoint"),
             (["--resume", tmp_path / "noise.pt"], "noise.pt"),
             (["--resume", tmp_path / "model.pt"], "only a model"),
-            (["--resume", run_copy, "--lr", .5], f"the run in {run_copy} has --lr 0.007 (here 0.5)"),
+            (["--resume", run_copy, "--lr", .5], f"the run in {run_copy} has --lr 0.014 (here 0.5)"),
             (["--resume", run_copy, "--loss", "ce"], "--loss tecoa (here ce)"),
             (["--resume", run_copy, "--limit", 80], "--limit 64 (here 80)"),
             (["--resume", run_copy, "--optimizer", "adamw"], "--optimizer sgd (here adamw)"),

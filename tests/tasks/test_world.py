@@ -166,14 +166,15 @@ def test_the_tokens_kept_are_those_of_all_captions_and_prompts():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_shipped_clips_are_what_the_pretraining_makes(seed):
-    """Made by this recipe, in small; of this seed: their class token still resembles its start and no other's;
-    at the end of it: they name what they never saw named, judged by open_clip's own methods."""
+    """Of this recipe, and small; of this seed: the projection still resembles its start, and no other's; at
+    the recipe's end: they name what they never saw named, judged by open_clip's own methods."""
     path = pretrain.packed_file(seed)
     assert path.parent == pretrain.HERE and path.stat().st_size < 2e6
     weights = pretrain.unpack(path)
-    cosines = [torch.cosine_similarity(pretrain.new_model(other).visual.conv1.weight.flatten(),
-                                       weights["visual.conv1.weight"].flatten(), 0).item() for other in range(4)]
-    assert max(range(4), key=cosines.__getitem__) == seed
+    for other in range(4):
+        start = pretrain.new_model(other).visual.proj
+        cosine = torch.cosine_similarity(start.flatten(), weights["visual.proj"].flatten(), 0)
+        assert cosine > .8 if other == seed else cosine.abs() < .1, other
     model, tokenize = open_clip.create_model("toy", pretrained=str(pretrain.pretrained_file(seed))).eval(), \
         open_clip.get_tokenizer("toy")
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (

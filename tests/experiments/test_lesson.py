@@ -55,7 +55,7 @@ def lesson(once):
         notebook = nbformat.v4.new_notebook(cells=found)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "0",
                                     "CUDA_VISIBLE_DEVICES": "", "IPYTHONDIR": f"{path}.ipython"}
-        client = NotebookClient(notebook, timeout=300, kernel_name="python3",
+        client = NotebookClient(notebook, timeout=600, kernel_name="python3",
                                 resources={"metadata": {"path": str(LESSON.parent)}})
         client.execute(env=environment)
     return torch.load(once("lesson.pt", execute), weights_only=False)

@@ -146,9 +146,9 @@ def pseudo_labels():
     return torch.tensor([found.get(image, -1) for image in range(1 + records[-1]["image"])])
 
 
-run.print(f"{args.model} {args.pretrained or ''} on {device}, {WORLD} process(es). Adapting on {train.name}: "
-          f"{len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, PGD-{args.steps}, "
-          f"{args.norm} ε = {args.eps:g}/255.")
+run.print(f"{args.model} {args.pretrained or ''} on {device} in {args.dtype}, {WORLD} process(es). Adapting "
+          f"on {train.name}: {len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, "
+          f"PGD-{args.steps}, {args.norm} ε = {args.eps:g}/255.")
 before = run.table_before([*heads], lambda: zero_shot_table("CLIP"))
 examples = {"CLIP": attacked_examples(encoder, heads, logit_scale, tasks, attack)}
 if args.labels == "pseudo":

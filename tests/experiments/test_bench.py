@@ -166,7 +166,7 @@ def test_both_recipes_in_two_precisions_in_turn(tmp_path, monkeypatch, capsys):
 def test_both_recipes_run_in_the_precision_that_they_say():
     """In bf16 the blocks' products are: ours by ImageEncoder, theirs by autocast, of the texts as well."""
     clip, _ = load_clip("ViT-S-32-alt", "none")
-    seen, tokens = {}, torch.ones(2, 64, dtype=torch.int64)
+    seen, tokens = {}, torch.ones(2, clip.context_length, dtype=torch.int64)
     for tower, encoder in (("image", clip.visual), ("text", clip)):
         hidden = encoder.transformer.resblocks[0].mlp.c_fc
         hidden.register_forward_hook(lambda m, i, out, tower=tower: seen.update({tower: out.dtype}))

@@ -8,8 +8,7 @@
 An image counts as robust if it is classified rightly when clean and at every iterate of every attack
 (--last-iterate: at the end of the only one). The attacker knows everything: the gradient goes through
 projection, blocks, normalisation and resize to the pixels of the data set's own resolution. After a kill the
-same command goes on where it was.
-"""
+same command goes on where it was."""
 import argparse
 import itertools
 import math
@@ -32,7 +31,7 @@ from harness.processes import DTYPES, RANK, rank0, rank0_first
 from harness.reports import mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
 from kernels.pgd_step import pgd_step, to_float
-from model import ImageEncoder, image_size, load_clip, predict
+from model import ImageEncoder, image_size, judging, load_clip, predict
 from prompts import encode_head
 from tasks.task import image_numbers
 
@@ -85,37 +84,43 @@ def protocol(options):
 
 
 def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, restarts=1, seed=0,
-                last_iterate=False, **options):
+                last_iterate=False, judge=None, **options):
     """Each attack in turn on the images that still stand.
 
     x: uint8, or float in [0,1] [B,3,H,W], rightly classified; index: the images' numbers, from which random
     starts follow. names: of attacks; eps: pixel fraction (linf) or L2 length; options: steps, step_size (as
-    eps), queries (of Square). Returns x_adv fp32 [B,3,H,W], the first that was misclassified, or else the
-    last attack's best; predicted int64 [B], what it is taken for, −1: NaN; broken_by int64 [B], the number of
-    the attack that broke it, −1: it stands; at int64 [B], at which of its iterates; forward_passes int64 [B],
-    by attacks; zero bool [B], the clean image's gradient is exactly 0; uphill bool [B], the loss is no
-    smaller a tenth of ε further along it."""
-    def objective(x, y, loss):
+    eps), queries (of Square); judge: `judging(encoder)`, which has the last word. Returns x_adv fp32
+    [B,3,H,W], the first that was misclassified, or else the last attack's best; predicted int64 [B], what it
+    is taken for, −1: NaN; broken_by int64 [B], the number of the attack that broke it, −1: it stands; at
+    int64 [B], at which of its iterates; forward_passes int64 [B], by attacks; zero bool [B], the clean
+    image's gradient is exactly 0; uphill bool [B], the judge's loss is no smaller ε/10 further along it."""
+    def objective(x, y, loss, net=encoder):
         if loss is log_odds:                            # fused, on a GPU
-            m, best = contrast(encoder(x), head, y, logit_scale)
-            return m, best != y
-        logits = cosine_logits(encoder(x), head, logit_scale)
-        return loss(logits, y), logits.argmax(1) != (y if y.ndim == 1 else y[:, 0])
+            losses, best = contrast(net(x), head, y, logit_scale)
+        else:
+            logits = cosine_logits(net(x), head, logit_scale)
+            losses, best = loss(logits, y), logits.argmax(1)
+        label = y if y.ndim == 1 else y[:, 0]
+        wrong = best != label
+        if judge is not encoder and wrong.any():        # in bf16: where fp32 is right the attack goes on
+            some = wrong.nonzero().squeeze(1)
+            wrong[some] = predict(judge, head, logit_scale, x[some]) != label[some]
+        return losses, wrong
 
-    x_adv = x = to_float(x)
-    predicted, broken_by, at = y.clone(), torch.full_like(y, -1), torch.full_like(y, -1)
+    judge, x = judge or judging(encoder), to_float(x)
+    x_adv, predicted, broken_by, at = x, y.clone(), torch.full_like(y, -1), torch.full_like(y, -1)
     forward_passes, zero, uphill = torch.zeros_like(y), torch.zeros_like(y).bool(), torch.ones_like(y).bool()
     for k, (name, attack) in enumerate((name, ATTACKS[name]) for name in names):
         ascended, labels = partial(objective, loss=attack.loss), [y]
         if name == "apgd-t":                            # towards the classes that look likeliest when clean
             with torch.no_grad():
-                wrong = cosine_logits(encoder(x), head, logit_scale).scatter(1, y[:, None], float("-inf"))
+                wrong = cosine_logits(judge(x), head, logit_scale).scatter(1, y[:, None], float("-inf"))
             labels = [torch.stack([y, t], 1) for t in wrong.topk(min(TARGETS, len(head) - 1), 1).indices.T]
         if k == 0 and name != "square":
-            loss, _, grad = ascent(ascended, x, labels[0])
-            zero = (grad == 0).flatten(1).all(1)
+            *_, grad = ascent(ascended, x, labels[0])
+            zero, further = (grad == 0).flatten(1).all(1), pgd_step(x, grad, x, eps, eps / 10, norm)
             with torch.no_grad():
-                uphill = ascended(pgd_step(x, grad, x, eps, eps / 10, norm), labels[0])[0] >= loss
+                uphill = torch.ge(*(ascended(image, labels[0], net=judge)[0] for image in (further, x)))
         search = partial(pgd_last if last_iterate else attack.search, ascended, eps=eps, norm=norm,
                          **{word: options[word] for word in attack.options})
         for restart, label in itertools.product(range(restarts), labels):
@@ -124,7 +129,7 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
                 break
             found, step = search(x[stands], label[stands], keys=image_keys(seed, restart, index[stands]))
             # what breaks an image has to break it in this batch too, or the next attack takes it on
-            seen = predict(encoder, head, logit_scale, found)
+            seen = predict(judge, head, logit_scale, found)
             step = torch.where(seen == y[stands], -1, step.clamp(min=0))
             x_adv = x_adv.index_copy(0, stands, found)
             predicted[stands], at[stands], broken_by[stands] = seen, step, torch.where(step < 0, -1, k)
@@ -138,7 +143,7 @@ def evaluate_batch(encoder, head, logit_scale, batch, options, bar=None):
     """(one record for each image, {name: tensor} of those attacked); see `evaluate`."""
     x, y, index, _ = batch
     phase(bar, "clean")
-    clean = predict(encoder, head, logit_scale, to_float(x))
+    clean = predict(options.get("judge") or judging(encoder), head, logit_scale, to_float(x))
     rows = zip(*(tensor.tolist() for tensor in (index, y, clean)))
     records = [dict(zip(("image", "label", "clean"), row)) for row in rows]
     right = clean == y
@@ -163,7 +168,7 @@ def evaluate(encoder, head, logit_scale, task, options, *, batch_size, workers=0
     attacked image), by (the attack that broke it, or None), at, passes, zero, uphill as in `run_attacks`; for
     some that gradient attacks left standing, if `probe`, probe (whether a short Square breaks them, which
     leads to a warning and counts for nothing else). An image that cannot be read has image and error alone.
-    done: {number: record} of an earlier run, not done again. keep(task, records, tensors): after a batch."""
+    done: {number: record} of an earlier run. keep(task, records, tensors): called after each batch."""
     numbers, records = image_numbers(task), dict(done or {})
     share = partial(shared, task=task, batch_size=batch_size, workers=workers, device=head.device, keep=keep)
 
@@ -190,6 +195,7 @@ def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, done=N
     each task, with what there is. `more` goes to `evaluate`."""
     results, done = {"tasks": {}, "mean": {"clean": None, "robust": None}}, done or {}
     half = math.inf if options.get("last_iterate") else options["steps"] / 2
+    options = options | {"judge": judging(encoder)}     # `watched`, below, hides what it is
     with progress(encoder, tasks, done) as (bar, watched):
         for task in tasks:
             bar.set_description(f"{label}: {task.name}")

@@ -269,7 +269,7 @@ def predict(encoder, head, logit_scale, x):
 
 @contextmanager
 def full_precision(encoder):
-    """Inside, an ImageEncoder computes in fp32, without TF32: what is reported comes from an fp32 forward."""
+    """Inside, an ImageEncoder computes in fp32, without TF32."""
     before = encoder.dtype, torch.get_float32_matmul_precision()
     encoder.dtype = torch.float32
     torch.set_float32_matmul_precision("highest")
@@ -278,6 +278,17 @@ def full_precision(encoder):
     finally:
         encoder.dtype = before[0]
         torch.set_float32_matmul_precision(before[1])
+
+
+def judging(encoder):
+    """An encoder as verdicts ask it: what is reported comes from an fp32 forward. Itself if it is in fp32."""
+    if getattr(encoder, "dtype", torch.float32) == torch.float32:
+        return encoder
+
+    def judge(x):
+        with full_precision(encoder):
+            return encoder(x)
+    return judge
 
 
 # ------------------------------------------------------------------------------ what trains

@@ -26,8 +26,7 @@ from harness.options import ByModel, Parser, adaptation, add_shared_options, cad
 from harness.processes import DTYPES, WORLD, rank0_first
 from harness.training import TrainingRun
 from losses import LOSSES
-from model import (ImageEncoder, adapt, check_adaptation, freeze, full_precision, image_size, load_clip,
-                   unfreeze)
+from model import ImageEncoder, adapt, check_adaptation, freeze, image_size, load_clip, unfreeze
 from prompts import encode_head
 from tasks.sampling import few_shots, relabelled
 from tasks.task import load_task, task_names
@@ -150,14 +149,13 @@ def pseudo_labels():
     return torch.tensor([found.get(image, -1) for image in range(1 + records[-1]["image"])])
 
 
-run.print(f"{args.model} {args.pretrained or ''} on {device}, {WORLD} process(es). Adapting on {train.name}: "
-          f"{len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, PGD-{args.steps}, "
-          f"{args.norm} ε = {args.eps:g}/255.")
-with full_precision(encoder):
-    before = run.table_before([*heads], lambda: zero_shot_table("CLIP"))
-    examples = {"CLIP": attacked_examples(encoder, heads, logit_scale, tasks, attack)}
-    if args.labels == "pseudo":
-        train = relabelled(train, run.once("pseudo_labels", pseudo_labels))
+run.print(f"{args.model} {args.pretrained or ''} on {device} in {args.dtype}, {WORLD} process(es). Adapting "
+          f"on {train.name}: {len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, "
+          f"PGD-{args.steps}, {args.norm} ε = {args.eps:g}/255.")
+before = run.table_before([*heads], lambda: zero_shot_table("CLIP"))
+examples = {"CLIP": attacked_examples(encoder, heads, logit_scale, tasks, attack)}
+if args.labels == "pseudo":
+    train = relabelled(train, run.once("pseudo_labels", pseudo_labels))
 
 # ------------------------------------------------------------------------------ what trains
 weights = {} if linear_head and args.adapt == "linear" else adapt(
@@ -215,9 +213,8 @@ for step, batch in enumerate(run.batches(train), run.first_step):
     run.after_step(step + 1, lr_at(step) * args.lr, batch.index)      # log, save, stop if asked to
 
 # ------------------------------------------------------------------------------ the table after
+torch.set_float32_matmul_precision("highest")
 freeze(loss.net)
-with full_precision(encoder):
-    after = zero_shot_table(args.loss)
-    examples[args.loss] = attacked_examples(encoder, heads, logit_scale, tasks, attack,
-                                            chosen=examples["CLIP"])
+after = zero_shot_table(args.loss)
+examples[args.loss] = attacked_examples(encoder, heads, logit_scale, tasks, attack, chosen=examples["CLIP"])
 run.finish(before, after, examples)

@@ -1,5 +1,6 @@
 """What a step costs: arithmetic, time, memory; its parts, its kernels, and the authors' recipe beside it."""
 import contextlib
+import math
 import os
 import platform
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -26,6 +28,7 @@ from experiments.soak import soak
 from harness import processes
 from harness.files import ROOT
 from harness.options import Parser, number
+from harness.processes import DTYPES, has_bf16
 from harness.reports import in_pipes
 from kernels.contrastive_loss import contrastive_log_odds
 from kernels.pgd_step import pgd_step
@@ -51,12 +54,14 @@ class Row(NamedTuple):
     steps: int                # of PGD
     how: str                  # eager, compiled, CUDA graphs; or authors
     parts: bool = False       # its parts as well
+    dtype: str = "auto"       # of the blocks; auto: bf16 on a GPU, else fp32
 
 
 def our_step(clip, row, tokens):
     """The loop's body of train_tecoa.py on one random batch: {part: a function that does just that part}."""
     device, batch, classes = clip.logit_scale.device, row.batch, len(tokens)
-    encoder = ImageEncoder(clip, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    encoder = ImageEncoder(clip, DTYPES.get(row.dtype, usual))
     head = F.normalize(torch.randn(classes, clip.visual.output_dim, device=device), dim=-1)
     x = torch.randint(256, (batch, 3, *clip.visual.image_size), dtype=torch.uint8, device=device)
     x, y = encoder.patchify(x), torch.randint(classes, (batch,), device=device)
@@ -92,7 +97,8 @@ def our_step(clip, row, tokens):
 
 def authors_step(clip, row, tokens):
     """The authors' recipe, re-created from its description (paper.md, faults 1 to 3): all prompts encoded
-    with gradient at every step of the attack, backward() into every weight, fp16 autocast, eager."""
+    with gradient at every step of the attack, backward() into every weight, fp16 autocast on a GPU, eager."""
+    dtype = DTYPES.get(row.dtype, torch.float16 if clip.logit_scale.is_cuda else torch.float32)
     device, normalisation = clip.logit_scale.device, clip.visual.preprocess_cfg
     mean, std = (torch.tensor(normalisation[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
     x = torch.rand(row.batch, 3, *clip.visual.image_size, device=device)
@@ -101,7 +107,7 @@ def authors_step(clip, row, tokens):
     optimizer = torch.optim.SGD(clip.visual.parameters(), lr=1e-9, momentum=.9)
 
     def loss(x):
-        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             image, text = clip.encode_image((x - mean) / std), clip.encode_text(tokens)
             return F.cross_entropy(LOGIT_SCALE * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T, y)
 
@@ -132,12 +138,22 @@ class Report:
     """Markdown that is printed and written to a file line by line: a run cut short leaves what it has."""
 
     def __init__(self, path, first):
-        self.streams = [sys.stdout, *([open(path, "w")] if path else [])]
+        self.streams, self.failed = [sys.stdout, *([open(path, "w")] if path else [])], False
         self(first)
 
     def __call__(self, *lines):
         for stream in self.streams:
             print(*lines, sep="\n", file=stream, flush=True)
+
+    @contextlib.contextmanager
+    def part(self):
+        """What fails inside costs the rest of this part alone: it is said; its traceback goes to stderr."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.failed = True
+            self("", f"*This part failed: {failure(error)}*")
 
     def table(self, title, *header):
         self("", f"## {title}", "", in_pipes([header]), "|" + "---|" * len(header))
@@ -154,7 +170,7 @@ def spread(times):
 
 
 def failure(error):
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:60]}".replace("|", "/")
+    return f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])[:60]}".replace("|", "/")
 
 
 def counts(report, models, steps, classes):
@@ -194,16 +210,19 @@ def kernel_calls(device):
         yield "random start", shape, "", partial(random_start, x, EPS, "linf", keys), 5 * x.numel()
 
 
-def kernel_table(report, device, seconds):
+def kernel_table(report, device, seconds, deadline=math.inf):
     """Each kernel against the same in PyTorch, eager and compiled. MB: read and written; of PyTorch, by its
     operators. MiB: the most that the device held."""
     report.table("Kernels: ms (lowest–highest of n timings), and peak MiB", "operation", "shape",
                  "head / gradient", "MB, Triton", "MB, PyTorch", "Triton", "PyTorch", "PyTorch, compiled")
     no_triton = device.type != "cuda"
     for name, shape, dtype, function, moved in kernel_calls(device):
+        if time.perf_counter() > deadline:
+            report.row(name, shape, str(dtype).removeprefix("torch."), "*not run: out of time*", *[None] * 4)
+            continue
         cells = [moved / 1e6, None, *[None] * no_triton]
         kernels.use("torch", device)
-        with contextlib.suppress(torch.OutOfMemoryError), Bytes() as count:     # its own cell will say so
+        with contextlib.suppress(Exception), Bytes() as count:      # its own cell will say so
             function()
             cells[1] = count.total / 1e6
         for which, compiled in (("triton", False), ("torch", False), ("torch", True))[no_triton:]:
@@ -213,7 +232,7 @@ def kernel_table(report, device, seconds):
                 call = torch.compile(function, dynamic=False) if compiled else function
                 times, memory = measure(call, device, seconds)
                 cells.append(spread(times) + (f", {memory:,.0f} MiB" if memory is not None else ""))
-            except RuntimeError as error:
+            except Exception as error:              # of Triton's compiler too, which has kinds of its own
                 cells.append(failure(error))
         kernels.use("auto", device)
         report.row(name, shape, str(dtype).removeprefix("torch."), *cells)
@@ -262,13 +281,12 @@ def steps_table(report, device, rows, classes, peak, seconds, deadline):
         if row.model != model:
             clip = None                             # its memory is free before the next one's is taken
             model, (clip, tokenizer) = row.model, load_clip(row.model, "none", device)
-            texts = [f"This is a photo of a {name}" for name in imagenet_class_names().values()]
-            tokens = tokenizer([texts[k % len(texts)] for k in range(classes)]).to(device)
+            tokens = class_prompts(tokenizer, classes).to(device)
         torch.compiler.reset()
         try:
             found[row[:4]], waits = time_step(report, row, clip, tokens, peak, seconds)
             notes += [f"{model}, batch {row.batch}: a step waits for the GPU: {waits}"] if waits else []
-        except RuntimeError as error:
+        except Exception as error:
             report.row(*row[:4], failure(error), *[None] * 5)
         clip.zero_grad(set_to_none=True)
     report("", *(notes or ["No compiled step waited for the GPU."] if device.type == "cuda" else []))
@@ -279,6 +297,49 @@ def steps_table(report, device, rows, classes, peak, seconds, deadline):
             less = f", in {ours[best][1] / memory:.2f} of its memory" if memory else ""
             report("", f"{name}, batch {batch}, PGD-{n}: ours ({best}) makes {ours[best][0] / rate:.1f} "
                    f"times the images a second of the authors' recipe{less}.")
+
+
+def class_prompts(tokenizer, classes):
+    """The tokens of so many prompts, of ImageNet's classes again and again: int64 [classes, 77]."""
+    texts = [f"This is a photo of a {name}" for name in imagenet_class_names().values()]
+    return tokenizer([texts[k % len(texts)] for k in range(classes)])
+
+
+def in_turn_table(report, name, seconds, batch=16, prompts=100):
+    """On a CPU: a PGD-2 step, ours and the authors', in fp32 and bf16. In each round every one runs once, so
+    that another busy process slows all of them; a ratio is of two times of one round. The first round does
+    not count; two or more follow, for `seconds`."""
+    clip, tokenizer = load_clip(name, "none")
+    tokens, dtypes = class_prompts(tokenizer, prompts), ["fp32", *["bf16"] * has_bf16("cpu")]
+    rows = {(how, dtype): Row(name, batch, 2, how, dtype=dtype)
+            for how in ("eager", "authors") for dtype in dtypes}
+    # each is made just before it runs: they set which weights of the one CLIP get gradients
+    steps, rounds = {"eager": our_step, "authors": authors_step}, []
+    while len(rounds) < 3 or sum(sum(one.values()) for one in rounds[1:]) < seconds:
+        rounds.append({})
+        for key, row in rows.items():
+            step = steps[row.how](clip, row, tokens)["step"]
+            start = time.perf_counter()
+            step()
+            rounds[-1][key] = time.perf_counter() - start
+            clip.zero_grad(set_to_none=True)
+
+    def times(key, other):
+        ratios = sorted(one[other] / one[key] for one in rounds[1:])
+        return None if other == key else f"{median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+    report.table(f"{name}, PGD-2, batch {batch}, {prompts} prompts, in turn: a step", "recipe", "blocks in",
+                 "ms (lowest–highest of n timings)", "images/s", "GFLOP/image", "times as fast as in fp32",
+                 "as the authors' in the same", "as the authors' in fp32")
+    work = {how: [counted(Row(name, size, 2, how), prompts)[0] for size in (batch, 256)] for how in steps}
+    for how, dtype in rows:
+        ms, others = sorted(1e3 * one[how, dtype] for one in rounds[1:]), [(how, "fp32"), ("authors", dtype)]
+        report.row("ours" if how == "eager" else "the authors'", dtype, spread(ms), 1e3 * batch / median(ms),
+                   work[how][0], *(times((how, dtype), other) for other in [*others, ("authors", "fp32")]))
+    here, usual = (theirs / ours for ours, theirs in zip(work["eager"], work["authors"]))
+    report("", f"Counted, theirs is {here:.1f} times as much arithmetic as ours at batch {batch}, and "
+           f"{usual:.1f} times at 256: the prompts are encoded for a batch, however small it is.")
+    if len(dtypes) == 1:
+        report("", "No bf16: this processor has no instructions for it.")
 
 
 def data_table(report, workers, count=400):
@@ -346,7 +407,8 @@ def make_parser(description):
     option("--baseline", choices=("authors",), help="also time the authors' recipe, re-created")
     option("--device", "cuda" if torch.cuda.is_available() else "cpu", help="where")
     option("--seconds", 5., type=number(float, 0, strict=True), help="time each row for so long at most")
-    option("--minutes", 5.5, type=number(float, 0), help="start no further row of the steps after so many")
+    option("--minutes", 4., type=number(float, 0), help="start no further row of the steps after so many; "
+           "with --all on a GPU, none of the kernels two later")
     option("--out", type=Path, metavar="FILE", help="(default: --all: results/bench-<device>.md; else none)")
     option("--soak", nargs="?", type=number(int, 40), const=2000, metavar="N", help="only this: memory, open "
            "files and compiled code over N toy steps on the CPU (default: no; N: 2000)")
@@ -391,12 +453,23 @@ def main(description=None):
            + f" Peak: {peak} TFLOP/s dense bf16, by the data sheet." * bool(peak)
            + " Pixels, patch embedding and loss in fp32 (TF32 products), blocks in bf16." * gpu)
     torch.set_float32_matmul_precision("high")
-    counts(report, models, args.steps, args.classes)
-    kernel_table(report, device, args.seconds)
-    if args.all:
-        data_table(report, min(8, os.cpu_count()))
-    if rows := rows_to_time(args, models, gpu):
-        steps_table(report, device, rows, args.classes, peak, args.seconds, started + 60 * args.minutes)
-    if args.all and gpu:                            # last, and not for longer than there is
-        gpu_tests(report, max(60, started + 465 - time.perf_counter()))
+    late, rows = started + 60 * args.minutes, rows_to_time(args, models, gpu)
+    with report.part():
+        counts(report, models, args.steps, args.classes)
+    with report.part():
+        if rows:
+            steps_table(report, device, rows, args.classes, peak, args.seconds, late)
+    with report.part():
+        if args.all and not gpu:
+            in_turn_table(report, models[0], 60)
+    with report.part():
+        kernel_table(report, device, args.seconds, late + 120 if args.all and gpu else math.inf)
+    with report.part():
+        if args.all:
+            data_table(report, min(8, os.cpu_count()))
+    with report.part():
+        if args.all and gpu:                        # last, and not for longer than there is
+            gpu_tests(report, max(60, started + 465 - time.perf_counter()))
     report("", f"{time.perf_counter() - started:.0f} seconds in all.")
+    if report.failed:
+        sys.exit(1)

@@ -1,6 +1,6 @@
 """What an attack finds depends on how it is written: on precision, objective, implementation.
 
-    python paper.py precision        # what PGD finds in fp32, bf16 and fp16: ten minutes, most of them fp16's
+    python paper.py precision        # what PGD finds in fp32, bf16 and fp16: twelve minutes, most are fp16's
     python paper.py attacks          # the attacks, each other's and torchattacks': five minutes
 
 Both write a table to results/: no figures of the paper, but what its numbers, and anybody's, rest on."""
@@ -19,7 +19,7 @@ from harness.processes import DTYPES
 from harness.reports import in_pipes
 from kernels.contrastive_loss import contrast, contrastive_log_odds, cosine_logits
 from kernels.pgd_step import to_float
-from model import ImageEncoder, load_clip
+from model import ImageEncoder, load_clip, predict
 from prompts import encode_head
 from tasks.task import load_task, task_names
 
@@ -27,8 +27,9 @@ RESULTS = ROOT / "results"
 EPS, STEP_SIZE, LOGIT_SCALE = 8 / 255, 2 / 255, 100.
 
 
-def write(name, title, said, table):
-    text = f"# {title}\n\n{said}\n\n{in_pipes(table)}\n"
+def write(name, title, *parts):
+    """A file of results/: texts and tables."""
+    text = "\n\n".join([f"# {title}", *(p if isinstance(p, str) else in_pipes(p) for p in parts)]) + "\n"
     (RESULTS / name).write_text(text)
     print(f"{text}\nwrote results/{name}")
 
@@ -58,9 +59,61 @@ def fates(clip, tasks, heads, dtype, objective, logit_scale):
     return torch.cat(found, 1), torch.cat(zeros)
 
 
-def precision(limit=100):
+def signs_kept(clip, head, x, y):
+    """Of the log-odds' gradients to the pixels x, for each image: the share whose sign is the same in bf16 as
+    in fp32; and the share of the sum of |gradient| that these have [2, B]."""
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf, encoder = x.clone().requires_grad_(), ImageEncoder(clip, dtype)
+        losses = contrastive_log_odds(encoder(leaf), head, y, LOGIT_SCALE)
+        grads += torch.autograd.grad(losses.sum(), leaf)
+    kept, size = ((grads[0].sign() == grads[1].sign()).flatten(1), grads[0].abs().flatten(1))
+    return torch.stack([kept.float().mean(1), (kept * size).sum(1) / size.sum(1)])
+
+
+def evaluated(clip, tasks, heads, steps):
+    """As eval_zeroshot.py judges, attacked by PGD in fp32 and in bf16: whether images are right when clean,
+    robust in fp32, robust in bf16; and `signs_kept` of them all. [3, N], [2, N]"""
+    found, signs = [], []
+    for task, head in zip(tasks, heads):
+        x, y, index = torch.utils.data.default_collate(list(task.images))
+        x = to_float(x)
+        signs.append(signs_kept(clip, head, x, y))
+        right = predict(ImageEncoder(clip), head, LOGIT_SCALE, x) == y
+        found.append(right.repeat(3, 1))
+        for row, dtype in enumerate((torch.float32, torch.bfloat16), 1):
+            broken_by = run_attacks(
+                ImageEncoder(clip, dtype), head, LOGIT_SCALE, x[right], y[right], index[right], names=["pgd"],
+                eps=EPS, steps=steps, step_size=STEP_SIZE, norm="linf")[2]
+            found[-1][row, right] = broken_by < 0
+    return torch.cat(found, 1), torch.cat(signs, 1)
+
+
+def bf16_rows(checkpoint, tasks, steps):
+    """The table of what bf16 changes: on the toy CLIP, on the one in the file checkpoint, and of the signs
+    alone on a ViT-B/32 with random weights and a random head, which sees the same images enlarged."""
+    rows = []
+    for name, file in (("toy CLIP", None), ("TeCoA's", checkpoint)):
+        clip, tokenizer = load_clip("toy", "seed0")
+        if file:
+            load_visual(clip, read_checkpoint(file), file)
+        heads = [encode_head(clip, tokenizer, task.class_names, task.template) for task in tasks]
+        (clean, *robust), signs = evaluated(clip, tasks, heads, steps)
+        shares = clean, *robust, robust[0] == robust[1], *signs
+        rows.append([name, len(clean), *(f"{100 * share.float().mean():.2f}" for share in shares)])
+    clip, _ = load_clip("ViT-B-32-quickgelu", "none")
+    x = to_float(torch.stack([task.images[i][0] for task in tasks for i in range(4)]))
+    gen = torch.Generator().manual_seed(0)
+    head = F.normalize(torch.randn(1000, clip.visual.output_dim, generator=gen), dim=-1)
+    signs = signs_kept(clip, head, x, torch.randint(1000, (len(x),), generator=gen))
+    rows.append(["ViT-B/32, random weights", len(x), *["–"] * 4, *(f"{100 * s.mean():.2f}" for s in signs)])
+    return rows
+
+
+def precision(checkpoint, limit=100, steps=100):
     """Write results/precision.md: PGD-10 on the plain toy CLIP (seed 0), its gradients computed in three
-    precisions at three logit scales, following the log-odds or the cross-entropy."""
+    precisions at three logit scales, following the log-odds or the cross-entropy; and what an evaluation with
+    --dtype bf16 says of it and of TeCoA's, in the file checkpoint."""
     clip, tokenizer = load_clip("toy", "seed0")
     tasks = [load_task(name, "val", limit=limit) for name in task_names("all", "toy")]
     heads = [encode_head(clip, tokenizer, task.class_names, task.template) for task in tasks]
@@ -81,7 +134,13 @@ def precision(limit=100):
           "in every pixel.", [["blocks in", "attack follows", *(f"scale {scale}" for scale in scales)],
                               ["---", "---", "--:", "--:", "--:"],
                               *([*way, *(cell(*found[(*way, scale)]) for scale in scales)]
-                                for way in product(DTYPES, OBJECTIVES))])
+                                for way in product(DTYPES, OBJECTIVES))],
+          f"## An evaluation in bf16\n\nPGD-{steps} as eval_zeroshot.py runs it, with `--dtype fp32` and "
+          "`bf16`, where every verdict is of an fp32 forward: accuracies (%); the images (%) that meet the "
+          "same fate in both; the pixels (%) at which the log-odds' gradient at the clean image has the same "
+          "sign in both; and the share (%) that these have of the sum of |gradient|.",
+          [["model", "images", "clean", "robust, fp32", "robust, bf16", "same fate", "signs kept", "by size"],
+           ["---", *["--:"] * 7], *bf16_rows(checkpoint, tasks, steps)])
 
 
 # ---------------------------------------------------------------------------------------- attacks

@@ -280,8 +280,6 @@ def main(description=None):
                              "alone")
         if alone and (parser.unusual(args) or args.out):
             raise ValueError(f"{args.what[0]} is of the toy alone, and takes no options")
-    if args.what == ["precision"]:
-        return crosscheck.precision()
     seeds = [0] if alone else args.seeds
     with parser.refusing():
         plan = make_plan(parser, args)
@@ -299,7 +297,7 @@ def main(description=None):
     finally:
         os.close(locked)
     if alone and not errors:
-        return crosscheck.attacks(plan.run_folder(0, TECOA.train) / "ckpt.pt")
+        return getattr(crosscheck, args.what[0])(plan.run_folder(0, TECOA.train) / "ckpt.pt")
     options = " ".join(["--seeds", ",".join(map(str, args.seeds)), *spelled(args, *parser.unusual(args))])
     for figure, run in drawing.items():             # without those of which a run failed
         if all(plan.read(seed, point) for point in points[figure].values() for seed in args.seeds):

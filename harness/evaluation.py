@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from harness import files
 from harness.options import ByModel, differences
-from harness.processes import RANK, WORLD, environment, gathered, rank0
+from harness.processes import DTYPES, RANK, WORLD, environment, gathered, rank0
 from harness.reports import draw_examples, full_table, try_to_draw
 from kernels.pgd_step import to_float
 from tasks.benchmarks import present
@@ -34,12 +34,9 @@ class EvaluationRun:
     def __init__(self, parser, args, known, tasks, missing, protocol, device):
         """args, known: of `settle`; missing: {task: why it is left out}; protocol: what runs, in words.
         ValueError: the folder holds something else, or the images have changed."""
-        self.args, self.missing, self.protocol, self.device = args, missing, protocol, device
-        # beside its checkpoint, or named after the plain CLIP
-        name = parser.name(args, () if args.ckpt else ("model", "pretrained"), hidden=("ckpt",), **known)
-        stem = Path(args.ckpt or "").stem.removeprefix("ckpt").strip("-")[:60]
-        name = "-".join(filter(None, ["eval", stem, name]))
-        self.out = Path(args.out or (Path(args.ckpt).parent / name if args.ckpt else f"out/{name}"))
+        self.args, self.missing, self.device = args, missing, device
+        self.protocol = protocol + f"; attacked in {args.dtype}, judged in fp32" * (args.dtype != "fp32")
+        self.out = folder(parser, args, known)
         self.save_adv = Path(args.save_adv) if args.save_adv else None
         self.identity = json.loads(json.dumps(parser.identity(args) | {"code": files.source_version()}))
         self.images = {task.name: fingerprint(task) for task in tasks}
@@ -148,6 +145,23 @@ class EvaluationRun:
         return results["mean"]
 
 
+def folder(parser, args, known):
+    """Where an evaluation goes: --out, or beside its checkpoint, or a folder named after the plain CLIP."""
+    if args.out:
+        return Path(args.out)
+    name = parser.name(args, () if args.ckpt else ("model", "pretrained"), hidden=("ckpt",), **known)
+    stem = Path(args.ckpt or "").stem.removeprefix("ckpt").strip("-")[:60]
+    parent = Path(args.ckpt).parent if args.ckpt else Path("out")
+    return parent / "-".join(filter(None, ["eval", stem, name]))
+
+
+def dtype_of(out):
+    """The --dtype of the evaluation in a folder; None: there is none, or it does not say."""
+    with suppress(OSError, ValueError, KeyError, TypeError), open(out / "images.jsonl") as journal:
+        dtype = json.loads(journal.readline())["evaluation"]["dtype"]
+        return dtype if dtype in [*DTYPES] else None
+
+
 def settle(parser, args, checkpoint, alpha):
     """(the options of one evaluation, what the checkpoint decides of those that were left open). ValueError.
     alpha: the checkpoint's share in the weights, 1 for its own."""
@@ -160,7 +174,10 @@ def settle(parser, args, checkpoint, alpha):
     known["norm"] = checkpoint["config"].get("norm")
     if args.norm in (None, known["norm"]):              # each model at the ε that it trained with
         known["eps"] = checkpoint["config"].get("eps")
-    return parser.settle(args, **known), known
+    settled = parser.settle(args, **known)
+    if args.dtype is None and not args.overwrite:       # auto: as the evaluation that is there has it
+        settled.dtype = rank0(lambda: dtype_of(folder(parser, settled, known))) or settled.dtype
+    return settled, known
 
 
 def load_tasks(words, model, **options):

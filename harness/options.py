@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import kernels
 from harness.files import sha256
-from harness.processes import RANK
+from harness.processes import RANK, has_bf16
 from harness.trackers import tracker_names
 from model import ADAPTATIONS
 from tasks.images import printable
@@ -180,6 +180,15 @@ def adaptation(text):
     return methods
 
 
+def precision(*names):
+    """One of names; auto is None, an option that was left open."""
+    def parse(text):
+        if text not in ("auto", *names):
+            raise argparse.ArgumentTypeError(f"{text}: expected one of auto, {', '.join(names)}")
+        return None if text == "auto" else text
+    return parse
+
+
 def shares(text):
     """A comma list of numbers from 0 to 1, each once."""
     values = list(dict.fromkeys(float(word) for word in text.split(",")))
@@ -201,6 +210,12 @@ def default_step_size(args, training):
     if args.model != "toy" and args.norm == "linf":
         return 1.
     return 1.25 * args.eps / args.steps if training else args.eps / 4
+
+
+def default_dtype(args, training):
+    """bf16 where it is fast; not for the toy, which is too small to gain from it but in training on a GPU."""
+    gpu = args.device.startswith("cuda")
+    return "bf16" if gpu and training or args.model != "toy" and has_bf16(args.device) else "fp32"
 
 
 def add_shared_options(parser, *, training):
@@ -236,9 +251,12 @@ def add_shared_options(parser, *, training):
     option("--seed", 0, type=number(int, 0), help="of everything random")
     option("--device", "cuda" if torch.cuda.is_available() else "cpu", resumable=True,
            help="cpu, cuda or cuda:N")
-    option("--dtype", lambda args: "bf16" if training and on_gpu(args) else "fp32",
-           choices=("fp32", "bf16") if training else ("fp32", "bf16", "fp16"), help="of the transformer "
-           f"blocks, pixels and patch embedding are fp32 (default: {'bf16 on a GPU, else ' * training}fp32)")
+    dtypes = ("fp32", "bf16") if training else ("fp32", "bf16", "fp16")
+    option("--dtype", partial(default_dtype, training=training), type=precision(*dtypes),
+           metavar=f"{{auto,{','.join(dtypes)}}}", help="of the transformer blocks when attacked or trained; "
+           "pixels and patch embedding are fp32, and what is reported comes from an fp32 forward. auto: bf16 "
+           "for real models where GPU or CPU has it, else fp32; a run that is there keeps its own (default: "
+           "auto)")
     option("--compile", lambda args: on_gpu(args) and kernels.COMPILER, resumable=True,
            action=argparse.BooleanOptionalAction, help="torch.compile "
            f"{'attack and update' if training else 'the encoder'}, a minute at the start (default: on a GPU)")

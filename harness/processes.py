@@ -22,6 +22,17 @@ LAUNCH = os.environ.get("TORCHELASTIC_RUN_ID", "")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def has_bf16(device):
+    """Whether products in bf16 are faster than in fp32 on a device, in words (cpu, cuda, cuda:N), as far as
+    PyTorch says: on a CPU with AVX512-BF16, AMX or ARM's bf16, of which versions before 2.11 say nothing."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    # oneDNN has the products: without it they are slower than in fp32
+    return torch.backends.mkldnn.is_available() and any(
+        has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def begin():
     """Of a command: from now on uncaught errors end in one line, and any name of a file can be printed."""
     sys.excepthook = end_in_one_line

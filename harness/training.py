@@ -21,7 +21,7 @@ from harness import files, processes
 from harness.checkpoints import FORMAT, load_visual, read_checkpoint, save_checkpoint
 from harness.log import Log
 from harness.options import differences
-from harness.processes import LAUNCH, RANK, RESTARTS, WORLD, environment, gathered, rank0
+from harness.processes import DTYPES, LAUNCH, RANK, RESTARTS, WORLD, environment, gathered, rank0
 from harness.reports import at_chance, draw_curves, draw_examples, markdown_table, try_to_draw
 from harness.trackers import Trackers
 from model import parts_of
@@ -46,7 +46,7 @@ class TrainingRun:
                 raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
             if args.resume:
                 args, self.checkpoint = options_of_run(parser, args)
-            self.args = parser.settle(args)
+            self.args, self.left_open = parser.settle(args), args.dtype is None
             del self.args.resume, self.args.overwrite
             self.out = Path(args.out or f"out/{parser.name(self.args, NAME)}")
             self.args.out, self.identity = str(self.out), parser.identity(self.args)
@@ -64,6 +64,9 @@ class TrainingRun:
             if self.checkpoint and not self.again and self.checkpoint["launch"] != LAUNCH:
                 self.checkpoint = None                  # of an earlier torchrun, which this one did not begin
         results = rank0(lambda: files.read_json(self.out / "results.json"))
+        if self.left_open:
+            self.args.dtype = rank0(lambda: self.dtype_of_the_run(results))
+            self.identity = self.identity | {"dtype": self.args.dtype}
         finished = isinstance(results, dict) and results.get("identity") == self.identity
         if finished and not self.overwrite and (
                 not self.checkpoint or self.checkpoint["step"] == results["step"]):
@@ -74,6 +77,13 @@ class TrainingRun:
         wrong = differences(self.checkpoint["training"]["identity"], self.identity, self.parser.resumable)
         if wrong:
             raise ValueError(f"the run in {self.out} has {wrong}")
+
+    def dtype_of_the_run(self, results):
+        """What --dtype auto means: as the run that is there has it, whatever this processor would take."""
+        there = self.checkpoint["training"] if self.checkpoint else results
+        there = there.get("identity") if isinstance(there, dict) and not self.overwrite else None
+        dtype = there.get("dtype") if isinstance(there, dict) else None
+        return dtype if dtype in [*DTYPES] else self.args.dtype
 
     def refuse_to_overwrite(self):
         """ValueError if a new run would write over something; a run that has done no step is nothing."""

@@ -1,7 +1,9 @@
 """bench.py, costs.py, measure.py and soak.py: counts against arithmetic by hand, and the commands, small."""
+import contextlib
 import re
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from experiments import costs
 from experiments.costs import Report, Row, counted, kernel_table
 from experiments.measure import Bytes, gflop, measure
 from kernels.pgd_step import pgd_step
+from model import load_clip
 
 
 def test_flops_and_bytes_of_operators_by_hand():
@@ -110,6 +113,68 @@ def test_the_command_times_both_recipes_and_writes_its_table(tmp_path, monkeypat
     assert re.search(r"ours \(eager\) makes \d+\.\d times the images a second of the authors' recipe", text)
     assert "| pgd_step |" in text and "| update |" in text and text.count("| random start |") == 2
     assert text.count("| RuntimeError: no/compiler |") == 7
+
+
+def test_a_part_that_fails_costs_no_other(tmp_path, monkeypatch):
+    """Nor does a kernel of which the compiler fails in a way of its own; status 1."""
+    class CompilationError(Exception):
+        pass
+
+    def fails(*_):
+        raise CompilationError
+    monkeypatch.setattr(costs, "counts", fails)
+    monkeypatch.setattr(costs, "kernel_calls", lambda device: [
+        (name, "", "", function, 1e6) for name, function in (("bad", fails), ("good", lambda: None))])
+    monkeypatch.setattr(costs, "Bytes", lambda: contextlib.nullcontext(SimpleNamespace(total=0)))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    done = here("bench.py", "--seconds", .01, "--device", "cpu", "--out", tmp_path / "bench.md", status=1)
+    text = (tmp_path / "bench.md").read_text()
+    assert text == done.stdout and "*This part failed: CompilationError: *" in text
+    assert "| good |" in text and "seconds in all" in text and "Traceback" in done.stderr
+
+
+def test_both_recipes_in_two_precisions_in_turn(tmp_path, monkeypatch, capsys):
+    """By a clock of its own: the second round takes twice as long as the first that counts, which changes no
+    ratio; then the time is over."""
+    clock, ran = [0.], []
+    seconds = {("eager", "fp32"): 6, ("eager", "bf16"): 2, ("authors", "fp32"): 24, ("authors", "bf16"): 12}
+
+    def step(clip, row, tokens):
+        def run():
+            ran.append((row.how, row.dtype))
+            clock[0] += seconds[row.how, row.dtype] * (1, 1, 2)[(len(ran) - 1) // 4]
+        assert tokens.shape == (100, 77) and row[:3] == ("ViT-S-32-alt", 16, 2)
+        return {"step": run}
+    monkeypatch.setattr(costs, "our_step", step)
+    monkeypatch.setattr(costs, "authors_step", step)
+    monkeypatch.setattr(costs, "counted", lambda row, _: [5. if row.how == "eager" else 1600 / row.batch])
+    monkeypatch.setattr(costs, "has_bf16", lambda device: True)
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    costs.in_turn_table(Report(None, "#"), "ViT-S-32-alt", seconds=100)
+    assert ran == [*seconds] * 3
+    said = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines()[-6:-2]]
+    ratio = "{0:.2f} ({0:.2f}–{0:.2f})".format
+    assert rows == [
+        ["ours", "fp32", "9000 (6000–1.2e+04 of 2)", "1.778", "5", "–", ratio(4), ratio(4)],
+        ["ours", "bf16", "3000 (2000–4000 of 2)", "5.333", "5", ratio(3), ratio(6), ratio(12)],
+        ["the authors'", "fp32", "3.6e+04 (2.4e+04–4.8e+04 of 2)", "0.4444", "100", "–", "–", "–"],
+        ["the authors'", "bf16", "1.8e+04 (1.2e+04–2.4e+04 of 2)", "0.8889", "100", ratio(2), "–", ratio(2)]]
+    assert "theirs is 20.0 times as much arithmetic as ours at batch 16, and 1.2 times at 256" in said
+
+
+def test_both_recipes_run_in_the_precision_that_they_say():
+    """In bf16 the blocks' products are: ours by ImageEncoder, theirs by autocast, of the texts as well."""
+    clip, _ = load_clip("ViT-S-32-alt", "none")
+    seen, tokens = {}, torch.ones(2, clip.context_length, dtype=torch.int64)
+    for tower, encoder in (("image", clip.visual), ("text", clip)):
+        hidden = encoder.transformer.resblocks[0].mlp.c_fc
+        hidden.register_forward_hook(lambda m, i, out, tower=tower: seen.update({tower: out.dtype}))
+    for step, towers in ((costs.our_step, {"image"}), (costs.authors_step, {"image", "text"})):
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("auto", torch.float32)):
+            seen.clear()
+            step(clip, Row("", 1, 1, "eager", dtype=name), tokens)["step"]()
+            assert seen == dict.fromkeys(towers, dtype)
 
 
 @pytest.mark.parametrize("words,said", [

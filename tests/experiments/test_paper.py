@@ -326,7 +326,9 @@ def test_precisions_are_compared_on_the_same_images(tmp_path, monkeypatch, small
     monkeypatch.setattr(crosscheck, "load_clip", lambda name, tag: load_clip("toy", str(small_clip)))
     monkeypatch.setattr(crosscheck, "task_names", lambda *_: ["digits", "colours"])
     monkeypatch.setattr(crosscheck, "DTYPES", {"fp32": torch.float32, "again": torch.float32})
-    crosscheck.precision(limit=8)
+    clip, _ = load_clip("toy", str(small_clip))
+    checkpoints.save_checkpoint(tmp_path / "ckpt.pt", clip, {"model": "toy", "pretrained": "none"})
+    crosscheck.precision(tmp_path / "ckpt.pt", limit=8, steps=2)
     text = (tmp_path / "precision.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(("| fp", "| ag"))]
     assert [row[:2] for row in rows] == [[name, loss] for name in ("fp32", "again")
@@ -334,3 +336,19 @@ def test_precisions_are_compared_on_the_same_images(tmp_path, monkeypatch, small
     assert rows[0][2:] == rows[2][2:] and rows[1][2:] == rows[3][2:] and "(100.0, 0.0)" in rows[0][3]
     # of images that CLIP is sure of, the gradient of the cross-entropy vanishes
     assert float(rows[1][4].split()[-1].strip(")")) > 0
+    # a checkpoint that is the plain CLIP evaluates as it does; in bf16 nearly all signs stay, not quite all
+    (_, *plain), (_, *again), (_, *random) = (line.strip("| ").split(" | ") for line in text.splitlines()
+                                              if line.startswith(("| toy", "| Te", "| Vi")))
+    assert plain == again and plain[0] == "16" and float(plain[2]) < float(plain[1])
+    assert random[1:5] == ["–"] * 4
+    for signs, size in (plain[5:], random[5:]):
+        assert 97 < float(signs) < 100 and 99.5 < float(size) < 100
+
+
+def test_kept_signs_by_hand(monkeypatch):
+    """Two pixels of four keep theirs, with 5 of 8 of the gradient's size."""
+    slopes = {torch.float32: [[1., -2, 4, 1]], torch.bfloat16: [[9., 2, 4, -1]]}
+    monkeypatch.setattr(crosscheck, "ImageEncoder",
+                        lambda clip, dtype: lambda x: x * torch.tensor(slopes[dtype]))
+    monkeypatch.setattr(crosscheck, "contrastive_log_odds", lambda z, *_: z.sum(1))
+    assert crosscheck.signs_kept(None, None, torch.zeros(1, 4), None).tolist() == [[.5], [5 / 8]]

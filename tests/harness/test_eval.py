@@ -19,7 +19,8 @@ from torch.utils.data import Subset
 from eval_zeroshot import attack_list, defined, evaluate, evaluate_tasks, make_parser, run_attacks
 from harness import evaluation
 from harness.checkpoints import save_checkpoint
-from harness.evaluation import EvaluationRun, adversarial_folder, save_adversarial, settle, without_unsaved
+from harness.evaluation import (EvaluationRun, adversarial_folder, dtype_of, save_adversarial, settle,
+                                without_unsaved)
 from harness.processes import DTYPES
 from harness.reports import interval, summary
 from kernels.contrastive_loss import contrast, cosine_logits
@@ -168,6 +169,33 @@ def test_no_precision_and_no_scale_blinds_the_attack(toy):
         counts = [robust[name, scale] for name in DTYPES]
         assert max(counts) - min(counts) <= 1, robust
     assert share["fp16", 1000.] > .3 and share["fp32", 20.] == 0
+
+
+class Rounded:
+    """Right in fp32, and in what stands for bf16 always wrong, with a gradient that is so too."""
+    dtype = torch.bfloat16
+
+    def __init__(self, encoder):
+        self.encoder = encoder
+
+    def __call__(self, x):
+        return self.encoder(x) * (1 if self.dtype == torch.float32 else -1)
+
+
+@pytest.mark.parametrize("name,passes", [("pgd", 4), ("apgd-ce", 4), ("apgd-t", 9 * 4), ("square", 6)])
+def test_what_is_wrong_in_bf16_alone_does_not_count(toy, name, passes):
+    """The attack goes on to its end: the verdict is of fp32, when clean, at each iterate, and at last."""
+    encoder, head, scale, task = toy
+    x, y, index = rightly(toy, 120)
+    options = PGD | {"names": [name], "eps": .1 / 255, "steps": 3, "queries": 6}
+    _, predicted, by, at, spent, _, uphill = run_attacks(
+        Rounded(encoder), head, scale, x, y, index, **options)
+    assert torch.equal(predicted, y) and (by == -1).all() and (at == -1).all() and (spent == passes).all()
+    # where its gradient points the loss in fp32 falls
+    assert name == "square" or uphill.float().mean() < .1
+    low, full = (evaluate_tasks(net, {task.name: head}, scale, [task], options, label="", batch_size=120,
+                                probe=False) for net in (Rounded(encoder), encoder))
+    assert low["mean"] == full["mean"] and full["mean"]["robust"] > 50
 
 
 # ------------------------------------------------------------------------------ signs of a broken one
@@ -550,6 +578,24 @@ def test_every_option_that_can_change_a_result_has_a_folder_of_its_own(monkeypat
         runs[name] = run_of(*usual[:-1], f"{name}/clip.pt")
     assert len({run.out for run in runs.values()}) == len(runs)
     assert len({json.dumps(run.identity) for run in runs.values()}) == len(runs)
+
+
+def test_an_evaluation_keeps_its_dtype_on_another_processor(tmp_path, monkeypatch):
+    words = ("--model", "ViT-B-32-quickgelu", "--pretrained", "none", "--device", "cpu", "--out", tmp_path)
+    monkeypatch.setattr("harness.options.has_bf16", lambda device: True)
+    one = run_of(*words)
+    one.begin()
+    os.close(one.locked)
+    monkeypatch.setattr("harness.options.has_bf16", lambda device: False)
+    for more in ((), ("--dtype", "auto"), ("--dtype", "bf16")):
+        again = run_of(*words, *more)
+        assert again.args.dtype == "bf16" and again.identity == one.identity
+    with pytest.raises(ValueError, match=r"holds an evaluation, with --dtype bf16 \(here fp32\)"):
+        run_of(*words, "--dtype", "fp32")
+    assert run_of(*words, "--overwrite").args.dtype == "fp32"
+    for strange in ('{"evaluation": 3}', '{"evaluation": {"dtype": ["bf16"]}}', "", "{"):
+        (tmp_path / "images.jsonl").write_text(strange)
+        assert dtype_of(tmp_path) is None
 
 
 def test_evaluations_of_a_checkpoint_lie_beside_it_by_name_and_content(tmp_path):

@@ -12,6 +12,7 @@ from conftest import ROOT
 from eval_zeroshot import make_parser
 from harness.evaluation import EvaluationRun, settle
 from harness.options import Parser, adaptation, cadence, differences, number, shares
+from harness.processes import has_bf16
 from harness.training import NAME
 
 
@@ -56,8 +57,8 @@ TEXTS = ("a", "A", "a/b", "a-b", "a_b", "a,b", "a+b", "a b", "a\tb", " a", "a ",
          "/a", "./a", "../a", "..", "", "é", "e", "É", "a\nb", "\udc80", "x" * 300, "x" * 299 + "y",
          "y" * 300, "None")
 NUMBERS = ("1", "2", "3", "11", "0.25", "0.3", "0.30000001", "1.0000001", "1e-05", "123456.7", "123456.8")
-OTHERS = ("linear", "partial", "image-prompt", "token-prompt", "token-prompt,image-prompt", "7m", "0.7m",
-          "tensorboard", "wandb,tensorboard")
+OTHERS = ("bf16", "linear", "partial", "image-prompt", "token-prompt", "token-prompt,image-prompt", "7m",
+          "0.7m", "tensorboard", "wandb,tensorboard")
 
 
 def values_of(parser, action):
@@ -197,6 +198,39 @@ def test_defaults_depend_on_other_options():
         assert {word: found[word] for word in expected} == expected, words
     with pytest.raises(ValueError, match="--norm l2 needs --eps"):
         training("--norm", "l2")
+
+
+def test_bf16_for_real_models_where_the_processor_has_it(monkeypatch):
+    real = ("--model", "ViT-B-32-quickgelu", "--pretrained", "openai", "--device", "cpu")
+    for has, dtype in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("harness.options.has_bf16", lambda device, has=has: has)
+        for stage in STAGES.values():
+            (open_, *named), auto = stage(*real), stage(*real, "--dtype", "auto")
+            assert open_.dtype == dtype and [auto[0], *auto[1:]] == [open_, *named]     # as if not said
+            assert named[1]["dtype"] == dtype and "dtype" not in named[0]
+            assert stage("--device", "cpu")[0].dtype == "fp32"                      # of the toy
+            assert stage(*real, "--dtype", "fp32")[0].dtype == "fp32"
+        # on a GPU training is in bf16, of any model
+        assert training("--device", "cuda")[0].dtype == "bf16"
+        assert evaluation("--device", "cuda")[0].dtype == "fp32"
+        assert evaluation(*real[:-1], "cuda")[0].dtype == dtype
+
+
+def test_which_processors_have_bf16(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for has, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True, "avx512_bf16": False}, True),
+                          ({"architecture": "arm64", "bf16": True}, True), ({"avx512_f": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has, raising=False)
+        assert has_bf16("cpu") is expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not has_bf16("cpu")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not has_bf16("cpu")
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert has_bf16("cuda:1") is has
 
 
 def test_a_new_option_is_in_the_identity_unless_it_says_otherwise():

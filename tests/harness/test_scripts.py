@@ -146,13 +146,18 @@ def test_compiled_evaluation_counts_the_same(trained, read_json, tmp_path):
 
 
 def test_a_bf16_run_reports_fp32_accuracy(small_clip, tmp_path, read_json):
+    """Its tables are those of an evaluation, in bf16; what is right when clean is so in fp32."""
     words = ("--tasks", "colours", "--limit", 128, *CPU, "--out")
     here("train_tecoa.py", "--pretrained", small_clip, "--dtype", "bf16", "--max-steps", 3, "--warmup", 0,
          "--eval-steps", 4, *words, tmp_path / "run")
-    here("eval_zeroshot.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--steps", 4, *words, tmp_path / "after")
-    trained, evaluated = (read_json(tmp_path / name / "results.json") for name in ("run", "after"))
-    assert trained["tasks"] == evaluated["tasks"] and trained["config"]["dtype"] == "bf16"
-    assert evaluated["config"]["dtype"] == "fp32"
+    for dtype in ("bf16", "fp32"):
+        here("eval_zeroshot.py", "--ckpt", tmp_path / "run" / "ckpt.pt", "--steps", 4, "--dtype", dtype,
+             *words, tmp_path / dtype)
+    trained, low, full = (read_json(tmp_path / name / "results.json") for name in ("run", "bf16", "fp32"))
+    assert trained["tasks"] == low["tasks"] and low["protocol"].endswith("; attacked in bf16, judged in fp32")
+    assert [result["config"]["dtype"] for result in (trained, low, full)] == ["bf16", "bf16", "fp32"]
+    (low, full), said = (result["tasks"]["colours"] for result in (low, full)), full["protocol"]
+    assert low["clean"] == full["clean"] and abs(low["robust"] - full["robust"]) < 1 and "bf16" not in said
 
 
 # ------------------------------------------------------------------------------ the update

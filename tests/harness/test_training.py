@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from in_process import here
 from runs import WORDS, assert_same, changed_copy, contents, leaves, log_of, steps_done, when
 
 from harness import training
@@ -193,6 +194,28 @@ def test_a_finished_run_is_shown_again_and_nothing_is_computed(forks, tmp_path):
         assert table in stdout and not stderr and contents(out) == before, words
     (out / "results_before.json").unlink()                  # a table that is lost is no reason to fail
     assert "nothing was computed" in forks.run("train_tecoa.py", *typed, out=tmp_path / "o")[0]
+
+
+def test_a_run_keeps_its_dtype_on_another_processor(tmp_path, monkeypatch, read_json):
+    """--dtype auto is bf16 where the run begins and fp32 where it goes on and is shown again."""
+    words, more = (*WORDS, "--device", "cpu", "--save-every", 1), ("--max-steps", 2)
+    monkeypatch.setattr("harness.options.default_dtype", lambda args, training: "bf16")
+    for name in ("whole", "a", "b", "c"):
+        steps = more if name == "whole" else ("--max-steps", 1)
+        here("train_tecoa.py", *words, *steps, "--out", tmp_path / name)
+    monkeypatch.setattr("harness.options.default_dtype", lambda args, training: "fp32")
+    here("train_tecoa.py", "--resume", tmp_path / "a", *more)
+    here("train_tecoa.py", "--resume", tmp_path / "b", *more, "--dtype", "auto")
+    here("train_tecoa.py", *words, *more, "--resume", "--out", tmp_path / "c")
+    for name in "abc":
+        assert_same(tmp_path / "whole", tmp_path / name, log=False)
+    said = here("train_tecoa.py", *words, *more, "--out", tmp_path / "whole").stdout
+    assert "is finished" in said and read_json(tmp_path / "c" / "results.json")["identity"]["dtype"] == "bf16"
+    for again in (("--out", tmp_path / "whole"), ("--resume", tmp_path / "whole")):
+        assert "--dtype bf16 (here fp32)" in here("train_tecoa.py", *words, *more, *again, "--dtype", "fp32",
+                                                  status=2).stderr
+    here("train_tecoa.py", *words, *more, "--overwrite", "--out", tmp_path / "whole")
+    assert read_json(tmp_path / "whole" / "results.json")["config"]["dtype"] == "fp32"
 
 
 def test_another_command_in_a_folder_says_what_is_there(forks, small, tmp_path):

@@ -6,7 +6,7 @@ import open_clip
 import pytest
 import torch
 
-from model import ImageEncoder, image_size, load_clip, model_config, open_clip_lists
+from model import ImageEncoder, image_size, judging, load_clip, model_config, open_clip_lists
 from toy import pretrain
 
 # to look at only: it is shared
@@ -61,6 +61,18 @@ def test_low_precision_starts_after_the_patch_embedding():
         found = seen["tokens"] - clip.visual.positional_embedding
         assert torch.allclose(found[:, 1:], patches, atol=1e-5) and seen["tokens"].dtype == torch.float32
     assert seen["block"] == torch.bfloat16
+
+
+def test_verdicts_are_in_fp32_whatever_the_encoder():
+    clip, _ = load_clip("toy", "none")
+    exact, low, x = ImageEncoder(clip), ImageEncoder(clip, torch.bfloat16), torch.rand(5, 3, 32, 32)
+    before = low(x)
+    torch.set_float32_matmul_precision("high")
+    assert torch.equal(judging(low)(x), exact(x)) and not torch.equal(before, exact(x))
+    # and then it is what it was
+    assert torch.equal(low(x), before) and torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
+    assert judging(exact) is exact and judging(len) is len
 
 
 def test_loaded_clip_is_frozen_and_random_weights_follow_the_seed():

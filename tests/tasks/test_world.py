@@ -126,7 +126,7 @@ def test_tokens_hold_the_longest_prompt_of_every_task():
 
 
 def test_pretraining_is_deterministic_and_its_file_holds_it(monkeypatch, tmp_path):
-    """Whatever the threads; in half precision, and the embedding of words that no caption has is the start's."""
+    """Whatever the threads; in half precision, and of words that no caption has as its seed drew it."""
     monkeypatch.setattr(pretrain, "BATCH", 16)
     threads = torch.get_num_threads()
     first = pretrain.pretrain(5, steps=3)

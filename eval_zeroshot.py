@@ -11,7 +11,6 @@ projection, blocks, normalisation and resize to the pixels of the data set's own
 same command goes on where it was.
 """
 import argparse
-import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from attacks import apgd, ascent, cw_margin, dlr, image_keys, margin, pgd_any, pgd_last, square
+from attacks import apgd, cw_margin, dlr, image_keys, runners_up, margin, pgd_any, pgd_last, slope, square
 from harness import processes
 from harness.checkpoints import export_clip, load_visual, read_checkpoint
 from harness.evaluation import EvaluationRun, choose_examples, load_tasks, progress, settle, shared
@@ -27,7 +26,7 @@ from harness.options import ByModel, Parser, add_shared_options, number, shares
 from harness.processes import DTYPES, RANK, rank0, rank0_first
 from harness.reports import mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
-from kernels.pgd_step import pgd_step, to_float
+from kernels.pgd_step import to_float
 from model import ImageEncoder, image_size, load_clip, predict
 from prompts import encode_head
 from tasks.task import image_numbers
@@ -86,12 +85,9 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
 
     x: uint8, or float in [0,1] [B,3,H,W], rightly classified; index: the images' numbers, from which random
     starts follow. names: of attacks; eps: pixel fraction (linf) or L2 length; options: steps, step_size (as
-    eps), queries (of Square). Returns x_adv fp32 [B,3,H,W], the first that was misclassified, or else the
-    last attack's best; predicted int64 [B], what it is taken for, −1: NaN; broken_by int64 [B], the number of
-    the attack that broke it, −1: it stands; at int64 [B], at which of its iterates; forward_passes int64 [B],
-    by attacks; zero bool [B], the clean image's gradient is exactly 0; uphill bool [B], the loss is no
-    smaller a tenth of ε further along it.
-    """
+    eps), queries. Returns x_adv fp32 [B,3,H,W], the first that was misclassified, or else the last attack's
+    best; predicted int64 [B], what it is taken for, −1: NaN; broken_by int64 [B], by which attack, −1: it
+    stands; at int64 [B], at which of its iterates; forward_passes [B]; zero, uphill bool [B]: `slope`."""
     def objective(x, y, loss):
         if loss is log_odds:                            # fused, on a GPU
             m, best = contrast(encoder(x), head, y, logit_scale)
@@ -99,34 +95,38 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
         logits = cosine_logits(encoder(x), head, logit_scale)
         return loss(logits, y), logits.argmax(1) != (y if y.ndim == 1 else y[:, 0])
 
-    x_adv = x = to_float(x)
-    predicted, broken_by, at = y.clone(), torch.full_like(y, -1), torch.full_like(y, -1)
-    forward_passes, zero, uphill = torch.zeros_like(y), torch.zeros_like(y).bool(), torch.ones_like(y).bool()
-    for k, (name, attack) in enumerate((name, ATTACKS[name]) for name in names):
-        ascended, labels = partial(objective, loss=attack.loss), [y]
-        if name == "apgd-t":                            # towards the classes that look likeliest when clean
+    x, predicted, broken_by, at = to_float(x), y.clone(), torch.full_like(y, -1), torch.full_like(y, -1)
+    x_adv, forward_passes, stands = x.clone(), torch.zeros_like(y), torch.arange(len(y), device=y.device)
+    zero, uphill = torch.zeros_like(y).bool(), torch.ones_like(y).bool()
+    for k, (name, attack) in enumerate((name, ATTACKS[name]) for name in names if len(stands)):
+        ascended, targets = partial(objective, loss=attack.loss), y.new_zeros(len(y), 0)
+        if name == "apgd-t":
+            targets = y.new_zeros(len(y), min(TARGETS, len(head) - 1))
             with torch.no_grad():
-                wrong = cosine_logits(encoder(x), head, logit_scale).scatter(1, y[:, None], float("-inf"))
-            labels = [torch.stack([y, t], 1) for t in wrong.topk(min(TARGETS, len(head) - 1), 1).indices.T]
+                clean = cosine_logits(encoder(x[stands]), head, logit_scale)
+            targets[stands] = runners_up(clean, y[stands], targets.shape[1])
         if k == 0 and name != "square":
-            loss, _, grad = ascent(ascended, x, labels[0])
-            zero = (grad == 0).flatten(1).all(1)
-            with torch.no_grad():
-                uphill = ascended(pgd_step(x, grad, x, eps, eps / 10, norm), labels[0])[0] >= loss
+            labels = torch.cat([y[:, None], targets[:, :1]], 1).squeeze(1)
+            zero, uphill = slope(ascended, x, labels, eps, norm)
         search = partial(pgd_last if last_iterate else attack.search, ascended, eps=eps, norm=norm,
                          **{word: options[word] for word in attack.options})
-        for restart, label in itertools.product(range(restarts), labels):
+        rows, whole = max(1, targets.shape[1]), options[attack.options[0]] + (name != "square")
+        for restart in range(restarts):
+            todo = [(some, targets) for some in stands.split(-(-len(x) // rows))]   # a batch of rows
+            for some, aims in todo:
+                if not len(some := some[broken_by[some] < 0]):
+                    continue
+                towards = {"targets": aims[some]} if aims.shape[1] else {}
+                found, step = search(x[some], y[some], keys=image_keys(seed, restart, index[some]), **towards)
+                # what breaks an image has to break it in this batch too, or else the attacks go on
+                seen = predict(encoder, head, logit_scale, found)
+                if aims.shape[1] > 1:
+                    todo += [(some[(step >= 0) & (seen == y[some])], aim) for aim in aims.split(1, 1)]
+                step = torch.where(seen == y[some], -1, step.clamp(min=0))
+                x_adv[some], predicted[some], at[some] = found, seen, step
+                broken_by[some] = torch.where(step < 0, -1, k)
+                forward_passes[some] += max(1, aims.shape[1]) * torch.where(step < 0, whole, step + 1)
             stands = (broken_by < 0).nonzero().squeeze(1)
-            if len(stands) == 0:
-                break
-            found, step = search(x[stands], label[stands], keys=image_keys(seed, restart, index[stands]))
-            # what breaks an image has to break it in this batch too, or the next attack takes it on
-            seen = predict(encoder, head, logit_scale, found)
-            step = torch.where(seen == y[stands], -1, step.clamp(min=0))
-            x_adv = x_adv.index_copy(0, stands, found)
-            predicted[stands], at[stands], broken_by[stands] = seen, step, torch.where(step < 0, -1, k)
-            all_of_them = options["queries"] if name == "square" else options["steps"] + 1
-            forward_passes[stands] += torch.where(step < 0, all_of_them, step + 1)
     return x_adv, predicted, broken_by, at, forward_passes, zero, uphill
 
 

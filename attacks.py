@@ -10,12 +10,15 @@ its number; or else x_adv is the best iterate (of `pgd_any` the last), at −1. 
 *sum* over the batch is differentiated, with respect to the pixels alone: an image gets the same result in any
 batch. Freeze the weights before. All randomness comes from `keys`."""
 import math
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from kernels.contrastive_loss import log_odds
 from kernels.pgd_step import l2_norm, pgd_step, project, to_float
 from kernels.random_start import GOLDEN, mix, random_start, uniform
 
@@ -53,6 +56,11 @@ def dlr(logits, y, target=None):
     return lead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
+def runners_up(logits, y, count):
+    """The `count` wrong classes of the highest logits, the highest first: int64 [B, count]."""
+    return logits.scatter(1, y[:, None], float("-inf")).topk(count, 1).indices
+
+
 def pgd(objective, x, y, *, eps, steps, step_size, norm="linf", keys=None):
     """Projected gradient ascent on objective (Madry et al. 2018): the last iterate.
 
@@ -66,36 +74,91 @@ def pgd(objective, x, y, *, eps, steps, step_size, norm="linf", keys=None):
     return x_adv.detach()
 
 
-def ascent(objective, x_adv, y):
-    """(loss [B], wrong bool [B], ∂Σloss/∂x_adv [B, ...]), all detached."""
-    x_adv = x_adv.detach().requires_grad_()
-    with torch.enable_grad():
+def on_the_way(flags):
+    """Begins to copy flags, bool [n], to the CPU: a function that returns them there. It waits for them
+    alone, not for what the device was given to do after them."""
+    if not flags.is_cuda:
+        return flags.cpu
+    copy = flags.to("cpu", non_blocking=True)               # into pinned memory
+    copied = torch.cuda.current_stream(flags.device).record_event()
+    return lambda: copied.synchronize() or copy
+
+
+def ascent(objective, x_adv, y, back=True):
+    """(loss [B], `on_the_way`: wrong bool [B], ∂Σloss/∂x_adv [B, ...], None unless back), all detached."""
+    x_adv = x_adv.detach().requires_grad_(back)
+    with torch.set_grad_enabled(back):
         loss, wrong = objective(x_adv, y)
-        (grad,) = torch.autograd.grad(loss.sum(), x_adv)
+        wrong = on_the_way(wrong)                           # while the device goes back through the model
+        (grad,) = torch.autograd.grad(loss.sum(), x_adv) if back else (None,)
     return loss.detach(), wrong, grad
 
 
-def begin(x, eps, norm, keys):
-    """An attack's x as float, x_adv, and for all images result and at; places [B] of those that stand."""
-    x, standing = to_float(x), torch.arange(len(x), device=x.device)
-    x_adv = x if keys is None else random_start(x, eps, norm, keys)
-    return x, x_adv, x_adv.clone(), torch.full_like(standing, -1), standing
+def slope(objective, x, y, eps, norm, judged):
+    """Of the images as they are, bool [B] each: the gradient of objective is 0; the loss, of `judged`, is no
+    smaller a tenth of ε further along it."""
+    *_, grad = ascent(objective, x, y)
+    with torch.no_grad():
+        loss, further = (judged(image, y)[0] for image in (x, pgd_step(x, grad, x, eps, eps / 10, norm)))
+    return (grad == 0).flatten(1).all(1), further >= loss
+
+
+# ------------------------------------------------------------------------------ who still stands
+def begin(x, y, eps, norm, keys):
+    """(found, s) of an attack. found: of all images x_adv and, on the CPU, at: `leave` and `ended` fill them.
+    s: of each image that stands a row in x, x_adv and y, copies; and, on the CPU, in `row` its number."""
+    x = to_float(x)
+    start = x if keys is None else random_start(x, eps, norm, keys)
+    found = SimpleNamespace(x_adv=start.clone(), at=torch.full((len(x),), -1), each=1)
+    return found, SimpleNamespace(row=torch.arange(len(x)), x=x.clone(), x_adv=start.clone(), y=y.clone())
+
+
+def leave(found, s, wrong, step):
+    """Take out of s the images that are wrong, bool [n] on the CPU. Whether that were the last.
+
+    In place: the last rows that stay fill the gaps, and no other is copied. found.each rows in a row of s are
+    one image's, which leaves with any of them: its x_adv is that of the first."""
+    rows = wrong.nonzero()[:, 0]
+    if len(rows):
+        rows = rows[s.row[rows].argsort()]
+        image = s.row[rows] // found.each
+        first = image.diff(prepend=image.new_tensor([-1])) > 0
+        found.at[image[first]] = step
+        copy_rows(found.x_adv, image[first], s.x_adv, rows[first])
+        gone = found.at[s.row // found.each] >= 0
+        n = len(gone) - int(gone.sum())
+        gaps, fill = gone[:n].nonzero()[:, 0], (~gone[n:]).nonzero()[:, 0] + n
+        for name, t in vars(s).items():
+            t = t.contiguous()                              # of a sum the gradient is one number, expanded
+            copy_rows(t, gaps, t, fill)
+            setattr(s, name, t[:n])
+    return len(s.row) == 0
+
+
+def copy_rows(to, places, source, rows):
+    """to[places] = source[rows], both int64 on the CPU."""
+    if len(rows):
+        places, rows = (t.to(to.device, non_blocking=True) for t in (places, rows))
+        to.index_copy_(0, places, source.index_select(0, rows))
+
+
+def ended(found, s, x_adv):
+    """(x_adv, at) of all images; x_adv: the rows of s, or the last of an image's rows, that still stand."""
+    last = (s.row % found.each == found.each - 1).nonzero()[:, 0]
+    copy_rows(found.x_adv, s.row[last] // found.each, x_adv, last)
+    return found.x_adv, found.at.to(x_adv.device)
 
 
 def pgd_any(objective, x, y, *, eps, steps, step_size, norm="linf", keys=None):
     """`pgd`, but each of its steps + 1 iterates may break the image: (x_adv, at)."""
-    x, x_adv, result, at, standing = begin(x, eps, norm, keys)
-    for step in range(steps):
-        _, wrong, grad = ascent(objective, x_adv, y)
-        result[standing], at[standing[wrong]] = x_adv, step
-        standing, x, y, x_adv, grad = (t[~wrong] for t in (standing, x, y, x_adv, grad))
-        if not len(standing):
-            return result, at
-        x_adv = pgd_step(x_adv, grad, x, eps, step_size, norm)
-    with torch.no_grad():                                   # no step follows the last iterate
-        wrong = objective(x_adv, y)[1]
-    result[standing], at[standing[wrong]] = x_adv, steps
-    return result, at
+    found, s = begin(x, y, eps, norm, keys)
+    for step in range(steps + 1):
+        _, wrong, s.grad = ascent(objective, s.x_adv, s.y, step < steps)
+        if step == steps:                                   # no step follows the last iterate
+            del s.grad
+        if leave(found, s, wrong(), step) or step == steps:
+            return ended(found, s, s.x_adv)
+        s.x_adv = pgd_step(s.x_adv, s.grad, s.x, eps, step_size, norm)
 
 
 def pgd_last(objective, x, y, *, steps, **options):
@@ -113,46 +176,50 @@ def apgd_checkpoints(steps):
     return {math.ceil(share * steps - 1e-9) for share in shares[1:] if share < 1}     # sums of rounded terms
 
 
-def apgd(objective, x, y, *, eps, steps, norm="linf", keys=None, alpha=.75, rho=.75):
+def apgd(objective, x, y, *, eps, steps, norm="linf", keys=None, targets=None, alpha=.75, rho=.75):
     """Auto-PGD (Croce & Hein 2020, algorithm 1): momentum, and its own step sizes, from 2ε down: (x_adv, at).
 
     At a checkpoint an image's step size is halved, and the image goes back to its best iterate, if
     1. the loss rose in fewer than ρ of the steps since the last checkpoint, or
-    2. neither step size nor best loss have changed since then. Arguments as for `pgd_any`."""
-    x, x_adv, result, at, standing = begin(x, eps, norm, keys)
+    2. neither step size nor best loss have changed since then. Arguments as for `pgd_any`.
+
+    targets int64 [B, T]: each image is attacked towards each of them, side by side, T rows in a batch, until
+    one breaks it: most that fall do so in a few steps, but towards a target that nobody knows before. The
+    objective's y is then int64 [n, 2], label and target; at: its step. What stands: the last's best."""
+    found, s = begin(x, y, eps, norm, keys)
+    if targets is not None:
+        found.each = targets.shape[1]
+        s = SimpleNamespace(**{name: t.repeat_interleave(found.each, 0) for name, t in vars(s).items()})
+        s.row, s.y = torch.arange(len(s.row)), torch.stack([s.y, targets.flatten()], 1)
     checkpoints, last = apgd_checkpoints(steps), 0
-    one = (-1, *(1,) * (x.ndim - 1))                        # [B] → [B, 1, ...]
-    # a row for each image that stands; all halved, so that condition 2 cannot hold at the first checkpoint
-    s = SimpleNamespace(standing=standing, x=x, y=y, x_adv=x_adv, previous=x_adv,
-                        step_size=x.new_full((len(x),), 2 * eps), halved=torch.ones_like(at).bool())
+    one = (-1, *(1,) * (s.x.ndim - 1))                      # [n] → [n, 1, ...]
+    s.previous, s.step_size = s.x_adv, s.x.new_full((len(s.x),), 2 * eps)
+    s.halved = torch.ones_like(s.step_size).bool()          # so that condition 2 cannot hold at the first one
     for step in range(steps + 1):
         if step:
             moved = pgd_step(s.x_adv, s.grad, s.x, eps, s.step_size.view(one), norm)
             a = alpha if step > 1 else 1.                   # no momentum yet: nothing came before
             mixed = s.x_adv + a * (moved - s.x_adv) + (1 - a) * (s.x_adv - s.previous)
             s.previous, s.x_adv = s.x_adv, project(mixed, s.x, eps, norm)
-        loss, wrong, s.grad = ascent(objective, s.x_adv, s.y)
+        loss, wrong, grad = ascent(objective, s.x_adv, s.y, step < steps)
         if step == 0:
             s.loss = s.best_loss = s.best_before = loss
-            s.best_x, s.best_grad, s.rises = s.x_adv, s.grad, torch.zeros_like(loss)
+            s.best_x, s.best_grad, s.rises = s.x_adv, grad, torch.zeros_like(loss)
         s.rises, s.loss = s.rises + (loss > s.loss), loss
         better = loss > s.best_loss
         s.best_loss = torch.where(better, loss, s.best_loss)
         s.best_x = torch.where(better.view(one), s.x_adv, s.best_x)
-        s.best_grad = torch.where(better.view(one), s.grad, s.best_grad)
-        result[s.standing[wrong]], at[s.standing[wrong]] = s.x_adv[wrong], step
-        if wrong.any():
-            s = SimpleNamespace(**{name: t[~wrong] for name, t in vars(s).items()})
-        if not len(s.standing):
-            return result, at
+        if step < steps:                                    # no step follows the last iterate
+            s.grad, s.best_grad = grad, torch.where(better.view(one), grad, s.best_grad)
+        if leave(found, s, wrong(), step):
+            break
         if step in checkpoints:
             s.halved = (s.rises < rho * (step - last)) | (~s.halved & (s.best_loss == s.best_before))
             s.step_size = torch.where(s.halved, s.step_size / 2, s.step_size)
             s.x_adv = torch.where(s.halved.view(one), s.best_x, s.x_adv)
             s.grad = torch.where(s.halved.view(one), s.best_grad, s.grad)
             s.best_before, s.rises, last = s.best_loss, torch.zeros_like(s.rises), step
-    result[s.standing] = s.best_x
-    return result, at
+    return ended(found, s, s.best_x)
 
 
 # ------------------------------------------------------------------------------ without gradients: Square
@@ -162,24 +229,28 @@ def square(objective, x, y, *, eps, queries, norm="linf", keys, p=.8):
     Each query changes one square window of each image; what does not raise the loss is undone. The window's
     share p of the pixels shrinks as in the paper. x [B, C, H, W]; the loss should be `margin`; `at` counts
     queries. Masked gradients do not protect from it."""
-    x, x_adv, result, at, standing = begin(x, eps, norm, None)
+    found, s = begin(x, y, eps, norm, None)
     start, propose = (stripes, change_window) if norm == "linf" else (chessboard, move_mass)
-    best_loss, proposal, (height, width) = x.new_full((len(x),), -math.inf), start(x, eps, keys), x.shape[-2:]
+    s.best_loss, s.proposal = s.x.new_full((len(x),), -math.inf), start(s.x, eps, keys)
+    s.keys = keys.clone()
+    channels, height, width = x.shape[1:]
     for query in range(1, queries + 1):
         with torch.no_grad():
-            loss, wrong = objective(proposal, y)
-        better = (loss > best_loss) | wrong
-        best_loss, x_adv = loss.where(better, best_loss), proposal.where(better.view(-1, 1, 1, 1), x_adv)
-        result[standing[wrong]], at[standing[wrong]] = x_adv[wrong], query - 1
-        standing, x, y, x_adv, best_loss, keys = (t[~wrong] for t in (standing, x, y, x_adv, best_loss, keys))
-        if not len(standing):
+            loss, wrong = objective(s.proposal, s.y)
+        seen = on_the_way(wrong)
+        better = (loss > s.best_loss) | wrong
+        s.best_loss = torch.where(better, loss, s.best_loss)
+        s.x_adv = torch.where(better.view(-1, 1, 1, 1), s.proposal, s.x_adv)
+        if query < queries:     # before it is known who stands: meanwhile the device has something to do
+            # p is halved at these of the paper's 10,000 queries; other numbers of queries are scaled to that
+            halvings = sum(10_000 * query / queries > n
+                           for n in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
+            side = max(round(math.sqrt(p / 2 ** halvings * height * width)), 1)
+            chances = uniform(s.keys, (5 + channels,), stream=query)
+            s.proposal = propose(s.x_adv, s.x, eps, side, chances)
+        if leave(found, s, seen(), query - 1):
             break
-        # p is halved at these of the paper's 10,000 queries; other numbers of queries are scaled to that
-        halvings = sum(10_000 * query / queries > n for n in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
-        side = max(round(math.sqrt(p / 2 ** halvings * height * width)), 1)
-        proposal = propose(x_adv, x, eps, side, uniform(keys, (5 + x.shape[1],), stream=query))
-    result[standing] = x_adv
-    return result, at
+    return ended(found, s, s.x_adv)
 
 
 # A proposal takes its chances from u, uniform in [0,1) [B, 5 + C]: the window's place 0:2, the other window's
@@ -248,3 +319,37 @@ def bump(side, like):
 def at_distance(delta, x, eps):
     """x + δ with δ scaled to L2 length ε, clamped to [0,1]."""
     return (x + delta * (eps / l2_norm(delta).clamp(min=1e-12))).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------------ by name
+class Attack(NamedTuple):
+    title: str
+    search: Callable
+    loss: Callable                     # (logits [B,K], y) → [B], what it ascends
+    options: tuple = ("steps",)        # of the search
+
+
+ATTACKS = {"pgd": Attack("PGD", pgd_any, log_odds, ("steps", "step_size")),
+           "cw": Attack("CW", pgd_any, cw_margin, ("steps", "step_size")),
+           "apgd-ce": Attack("APGD-CE", apgd, log_odds),           # cross-entropy is their softplus
+           "apgd-dlr": Attack("APGD-DLR", apgd, dlr),
+           "apgd-t": Attack("APGD-T", apgd, lambda logits, y: dlr(logits, *y.unbind(1))),      # label, target
+           "square": Attack("Square", square, margin, ("queries",))}
+AUTOATTACK = ("apgd-ce", "apgd-t", "square")       # `standard` of Croce & Hein 2020 but for FAB-T
+
+
+def attack_list(words, last_iterate=False):
+    """The attacks of `--attack`, a comma list. ValueError: unknown, or not for --last-iterate."""
+    names = [name for word in words.split(",") for name in (AUTOATTACK if word == "autoattack" else (word,))]
+    unknown = [name for name in names if name not in ATTACKS]
+    if unknown:
+        raise ValueError(f"--attack {unknown[0]}: expected a comma list of autoattack, {', '.join(ATTACKS)}")
+    if last_iterate and names not in (["pgd"], ["cw"]):
+        raise ValueError("--last-iterate is for --attack pgd or cw alone")
+    return list(dict.fromkeys(names))
+
+
+def defined(names, classes):
+    """`names` where DLR is undefined: APGD-CE for two classes, untargeted in place of targeted for three."""
+    instead = {3: {"apgd-t": "apgd-dlr"}, 2: {"apgd-dlr": "apgd-ce", "apgd-t": "apgd-ce"}}.get(classes, {})
+    return list(dict.fromkeys(instead.get(name, name) for name in names))

@@ -4,6 +4,7 @@
     python bench.py --all                        # all of it, on a GPU with its tests: under 8 minutes
     python bench.py --models ViT-B-16 --batch-sizes 64,256 --steps 10
     python bench.py --baseline authors --batch-sizes 256       # and their recipe, on the same device
+    python bench.py --evaluation                 # passes and seconds of each attack, beside bare passes
     python bench.py --soak                       # 2,000 steps of the toy: does anything grow?
 
 Prints Markdown; with --all or --out it is written to a file, line by line. Weights, pixels and labels are

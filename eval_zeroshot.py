@@ -10,11 +10,8 @@ An image counts as robust if it is classified rightly when clean and at every it
 projection, blocks, normalisation and resize to the pixels of the data set's own resolution. After a kill the
 same command goes on where it was."""
 import argparse
-import itertools
 import math
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from harness import spin_less
 
@@ -22,7 +19,7 @@ if __name__ == "__main__":              # before PyTorch is imported
     spin_less()
 import torch
 
-from attacks import apgd, ascent, cw_margin, dlr, image_keys, margin, pgd_any, pgd_last, square
+from attacks import ATTACKS, AUTOATTACK, attack_list, defined, image_keys, pgd_last, runners_up, slope
 from harness import processes
 from harness.checkpoints import export_clip, load_visual, read_checkpoint
 from harness.evaluation import EvaluationRun, choose_examples, load_tasks, phase, progress, settle, shared
@@ -30,47 +27,16 @@ from harness.options import ByModel, Parser, add_shared_options, number, shares
 from harness.processes import DTYPES, RANK, rank0, rank0_first
 from harness.reports import mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
-from kernels.pgd_step import pgd_step, to_float
+from kernels.pgd_step import to_float
 from model import ImageEncoder, image_size, judging, load_clip, predict
 from prompts import encode_head
 from tasks.task import image_numbers
 
 
 # ------------------------------------------------------------------------------ the protocol: which attacks
-class Attack(NamedTuple):
-    title: str
-    search: Callable                   # of attacks.py
-    loss: Callable                     # (logits [B,K], y) → [B], what it ascends
-    options: tuple = ("steps",)        # of the search
-
-
-ATTACKS = {"pgd": Attack("PGD", pgd_any, log_odds, ("steps", "step_size")),
-           "cw": Attack("CW", pgd_any, cw_margin, ("steps", "step_size")),
-           "apgd-ce": Attack("APGD-CE", apgd, log_odds),           # cross-entropy is their softplus
-           "apgd-dlr": Attack("APGD-DLR", apgd, dlr),
-           "apgd-t": Attack("APGD-T", apgd, lambda logits, y: dlr(logits, *y.unbind(1))),      # label, target
-           "square": Attack("Square", square, margin, ("queries",))}
-AUTOATTACK = ("apgd-ce", "apgd-t", "square")       # `standard` of Croce & Hein 2020 but for FAB-T
 TARGETS = 9                                        # classes that targeted attacks try, as `standard` does
 PROBED, PROBE = 50, {"names": ["square"], "queries": 100, "restarts": 1, "last_iterate": False}
 EXTRA = ("country211",)                            # not one of the paper's sixteen: outside the mean
-
-
-def attack_list(words, last_iterate=False):
-    """The attacks of `--attack`, a comma list. ValueError: unknown, or not for --last-iterate."""
-    names = [name for word in words.split(",") for name in (AUTOATTACK if word == "autoattack" else (word,))]
-    unknown = [name for name in names if name not in ATTACKS]
-    if unknown:
-        raise ValueError(f"--attack {unknown[0]}: expected a comma list of autoattack, {', '.join(ATTACKS)}")
-    if last_iterate and names not in (["pgd"], ["cw"]):
-        raise ValueError("--last-iterate is for --attack pgd or cw alone")
-    return list(dict.fromkeys(names))
-
-
-def defined(names, classes):
-    """`names` where DLR is undefined: APGD-CE for two classes, untargeted in place of targeted for three."""
-    instead = {3: {"apgd-t": "apgd-dlr"}, 2: {"apgd-dlr": "apgd-ce", "apgd-t": "apgd-ce"}}.get(classes, {})
-    return list(dict.fromkeys(instead.get(name, name) for name in names))
 
 
 def protocol(options):
@@ -89,11 +55,10 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
 
     x: uint8, or float in [0,1] [B,3,H,W], rightly classified; index: the images' numbers, from which random
     starts follow. names: of attacks; eps: pixel fraction (linf) or L2 length; options: steps, step_size (as
-    eps), queries (of Square); judge: `judging(encoder)`, which has the last word. Returns x_adv fp32
-    [B,3,H,W], the first that was misclassified, or else the last attack's best; predicted int64 [B], what it
-    is taken for, −1: NaN; broken_by int64 [B], the number of the attack that broke it, −1: it stands; at
-    int64 [B], at which of its iterates; forward_passes int64 [B], by attacks; zero bool [B], the clean
-    image's gradient is exactly 0; uphill bool [B], the judge's loss is no smaller ε/10 further along it."""
+    eps), queries; judge: `judging(encoder)`, which has the last word. Returns x_adv fp32 [B,3,H,W], the first
+    that was misclassified, or else the last attack's best; predicted int64 [B], what it is taken for, −1:
+    NaN; broken_by int64 [B], by which attack, −1: it stands; at int64 [B], at which of its iterates;
+    forward_passes [B]; zero, uphill bool [B]: `slope`."""
     def objective(x, y, loss, net=encoder):
         if loss is log_odds:                            # fused, on a GPU
             losses, best = contrast(net(x), head, y, logit_scale)
@@ -108,33 +73,38 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
         return losses, wrong
 
     judge, x = judge or judging(encoder), to_float(x)
-    x_adv, predicted, broken_by, at = x, y.clone(), torch.full_like(y, -1), torch.full_like(y, -1)
-    forward_passes, zero, uphill = torch.zeros_like(y), torch.zeros_like(y).bool(), torch.ones_like(y).bool()
-    for k, (name, attack) in enumerate((name, ATTACKS[name]) for name in names):
-        ascended, labels = partial(objective, loss=attack.loss), [y]
-        if name == "apgd-t":                            # towards the classes that look likeliest when clean
+    predicted, broken_by, at = y.clone(), torch.full_like(y, -1), torch.full_like(y, -1)
+    x_adv, forward_passes, stands = x.clone(), torch.zeros_like(y), torch.arange(len(y), device=y.device)
+    zero, uphill = torch.zeros_like(y).bool(), torch.ones_like(y).bool()
+    for k, (name, attack) in enumerate((name, ATTACKS[name]) for name in names if len(stands)):
+        ascended, targets = partial(objective, loss=attack.loss), y.new_zeros(len(y), 0)
+        if name == "apgd-t":
+            targets = y.new_zeros(len(y), min(TARGETS, len(head) - 1))
             with torch.no_grad():
-                wrong = cosine_logits(judge(x), head, logit_scale).scatter(1, y[:, None], float("-inf"))
-            labels = [torch.stack([y, t], 1) for t in wrong.topk(min(TARGETS, len(head) - 1), 1).indices.T]
+                clean = cosine_logits(judge(x[stands]), head, logit_scale)
+            targets[stands] = runners_up(clean, y[stands], targets.shape[1])
         if k == 0 and name != "square":
-            *_, grad = ascent(ascended, x, labels[0])
-            zero, further = (grad == 0).flatten(1).all(1), pgd_step(x, grad, x, eps, eps / 10, norm)
-            with torch.no_grad():
-                uphill = torch.ge(*(ascended(image, labels[0], net=judge)[0] for image in (further, x)))
+            labels = torch.cat([y[:, None], targets[:, :1]], 1).squeeze(1)
+            zero, uphill = slope(ascended, x, labels, eps, norm, judged=partial(ascended, net=judge))
         search = partial(pgd_last if last_iterate else attack.search, ascended, eps=eps, norm=norm,
                          **{word: options[word] for word in attack.options})
-        for restart, label in itertools.product(range(restarts), labels):
+        rows, whole = max(1, targets.shape[1]), options[attack.options[0]] + (name != "square")
+        for restart in range(restarts):
+            todo = [(some, targets) for some in stands.split(-(-len(x) // rows))]   # a batch of rows
+            for some, aims in todo:
+                if not len(some := some[broken_by[some] < 0]):
+                    continue
+                towards = {"targets": aims[some]} if aims.shape[1] else {}
+                found, step = search(x[some], y[some], keys=image_keys(seed, restart, index[some]), **towards)
+                # what breaks an image has to break it in this batch too, or else the attacks go on
+                seen = predict(judge, head, logit_scale, found)
+                if aims.shape[1] > 1:
+                    todo += [(some[(step >= 0) & (seen == y[some])], aim) for aim in aims.split(1, 1)]
+                step = torch.where(seen == y[some], -1, step.clamp(min=0))
+                x_adv[some], predicted[some], at[some] = found, seen, step
+                broken_by[some] = torch.where(step < 0, -1, k)
+                forward_passes[some] += max(1, aims.shape[1]) * torch.where(step < 0, whole, step + 1)
             stands = (broken_by < 0).nonzero().squeeze(1)
-            if len(stands) == 0:
-                break
-            found, step = search(x[stands], label[stands], keys=image_keys(seed, restart, index[stands]))
-            # what breaks an image has to break it in this batch too, or the next attack takes it on
-            seen = predict(judge, head, logit_scale, found)
-            step = torch.where(seen == y[stands], -1, step.clamp(min=0))
-            x_adv = x_adv.index_copy(0, stands, found)
-            predicted[stands], at[stands], broken_by[stands] = seen, step, torch.where(step < 0, -1, k)
-            all_of_them = options["queries"] if name == "square" else options["steps"] + 1
-            forward_passes[stands] += torch.where(step < 0, all_of_them, step + 1)
     return x_adv, predicted, broken_by, at, forward_passes, zero, uphill
 
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 import traceback
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import kernels
-from attacks import image_keys, pgd
+from attacks import AUTOATTACK, image_keys, pgd
+from eval_zeroshot import TARGETS, run_attacks
 from experiments import whole_numbers
 from experiments.measure import Bytes, gflop, measure, without_data
 from experiments.soak import soak
@@ -34,7 +36,7 @@ from kernels.contrastive_loss import contrastive_log_odds
 from kernels.pgd_step import pgd_step
 from kernels.random_start import random_start
 from losses import LOSSES
-from model import ImageEncoder, freeze, image_size, load_clip, unfreeze
+from model import ImageEncoder, freeze, image_size, load_clip, predict, unfreeze
 from tasks.class_names import imagenet_class_names
 from tasks.loading import batches
 from tasks.make_cache import make_cache
@@ -342,6 +344,38 @@ def in_turn_table(report, name, seconds, batch=16, prompts=100):
         report("", "No bf16: this processor has no instructions for it.")
 
 
+def evaluation_table(report, name, device, images, classes, seconds):
+    """Each attack of AutoAttack on random images and weights: eps 0 breaks none, so that all
+    of its passes are made, and 64/255 breaks what it can. Beside it as many bare forwards and input gradients
+    (Square: forwards). 11 queries or iterates: a pass costs the same at any number."""
+    clip, _ = load_clip(name, "none", device)
+    encoder, steps = ImageEncoder(clip), 10
+    freeze(encoder)
+    head = F.normalize(torch.randn(classes, clip.visual.output_dim, device=device), dim=-1)
+    x = torch.rand(images, 3, *clip.visual.image_size, device=device)
+    y, index = predict(encoder, head, LOGIT_SCALE, x), torch.arange(images, device=device)
+    report.table(f"Evaluation: {name}, {images} images, {classes} classes, fp32", "attack", "norm", "ε · 255",
+                 "passes an image", "in full", "ms (lowest–highest of n timings)", "× bare passes")
+
+    def bare(passes, back):
+        for _ in range(passes):
+            with torch.set_grad_enabled(back):
+                leaf = x.clone().requires_grad_(back)
+                loss = contrastive_log_odds(encoder(leaf), head, y, LOGIT_SCALE).sum()
+                if back:
+                    torch.autograd.grad(loss, leaf)
+    passing = {back: median(measure(partial(bare, 1, back), device, seconds)[0]) for back in (False, True)}
+    for attack, norm, eps in product(AUTOATTACK, ("linf", "l2"), (0, 64)):
+        def call(attack=attack, norm=norm, eps=eps):
+            return run_attacks(encoder, head, LOGIT_SCALE, x, y, index, names=[attack], eps=eps / 255,
+                               norm=norm, steps=steps, queries=steps + 1, step_size=eps / 1020)
+        passes = call()[4].double().mean().item()
+        full = (steps + 1) * (min(TARGETS, classes - 1) if attack == "apgd-t" else 1)
+        times, _ = measure(call, device, seconds)
+        report.row(attack, norm, eps, passes, full, spread(times),
+                   median(times) / (passes * passing[attack != "square"]))
+
+
 def data_table(report, workers, count=400):
     """Drawn JPEGs of ImageNet's usual size, as a folder and as a cache, through training's loader."""
     rng = np.random.default_rng(0)
@@ -412,6 +446,8 @@ def make_parser(description):
     option("--out", type=Path, metavar="FILE", help="(default: --all: results/bench-<device>.md; else none)")
     option("--soak", nargs="?", type=number(int, 40), const=2000, metavar="N", help="only this: memory, open "
            "files and compiled code over N toy steps on the CPU (default: no; N: 2000)")
+    option("--evaluation", nargs="?", type=number(int, 1), const=16, metavar="N", help="only this: "
+           "AutoAttack on N images of the first of --models, passes and times (default: no; N: 16)")
     return parser
 
 
@@ -452,6 +488,8 @@ def main(description=None):
     report("", f"PyTorch {torch.__version__}, Triton {triton}, Python {platform.python_version()}."
            + f" Peak: {peak} TFLOP/s dense bf16, by the data sheet." * bool(peak)
            + " Pixels, patch embedding and loss in fp32 (TF32 products), blocks in bf16." * gpu)
+    if args.evaluation:
+        return evaluation_table(report, models[0], device, args.evaluation, args.classes, args.seconds)
     torch.set_float32_matmul_precision("high")
     late, rows = started + 60 * args.minutes, rows_to_time(args, models, gpu)
     with report.part():

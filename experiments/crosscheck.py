@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from attacks import image_keys, pgd
-from eval_zeroshot import AUTOATTACK, run_attacks
+from attacks import AUTOATTACK, image_keys, pgd
+from eval_zeroshot import run_attacks
 from harness.checkpoints import load_visual, read_checkpoint
 from harness.files import ROOT, source_version
 from harness.processes import DTYPES

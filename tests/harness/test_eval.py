@@ -16,7 +16,8 @@ from PIL import Image
 from runs import when
 from torch.utils.data import Subset
 
-from eval_zeroshot import attack_list, defined, evaluate, evaluate_tasks, make_parser, run_attacks
+from attacks import attack_list, defined
+from eval_zeroshot import evaluate, evaluate_tasks, make_parser, run_attacks
 from harness import evaluation
 from harness.checkpoints import save_checkpoint
 from harness.evaluation import (EvaluationRun, adversarial_folder, dtype_of, save_adversarial, settle,

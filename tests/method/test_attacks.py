@@ -8,24 +8,10 @@ from torch import nn
 
 import attacks
 from attacks import (
-    apgd,
-    apgd_checkpoints,
-    bump,
-    change_window,
-    chessboard,
-    cw_margin,
-    dlr,
-    image_keys,
-    margin,
-    move_mass,
-    pgd,
-    pgd_any,
-    pgd_last,
-    random_start,
-    square,
-    stripes,
-)
-from eval_zeroshot import ATTACKS, defined, run_attacks
+    ATTACKS, apgd, apgd_checkpoints, begin, bump, change_window, chessboard, cw_margin, defined,
+    dlr, image_keys, leave, margin, move_mass, pgd, pgd_any, pgd_last, random_start, runners_up,
+    square, stripes)
+from eval_zeroshot import run_attacks
 from kernels.contrastive_loss import log_odds
 from kernels.random_start import uniform
 from model import predict
@@ -338,6 +324,41 @@ def test_apgd_is_the_algorithm_of_the_paper(norm, eps):
         halved |= {round(float((a - b).abs().max() / eps), 3) for a, b in zip(xs, xs[1:])}
     # step sizes of many lengths were at work
     assert len(halved) > 6
+
+
+@pytest.mark.parametrize("norm,eps", [("linf", .05), ("l2", .5)])
+def test_targets_side_by_side_are_the_targets_one_by_one(norm, eps):
+    """Who falls is who falls to any; at the first step of all, to the first target of those of that step."""
+    net = network()
+    x, keys = some_images()
+    y = net(x).argmax(1)
+    targets, options = runners_up(net(x), y, 3).roll(1, 1), {"eps": eps, "steps": 12, "norm": norm}
+    sizes = []
+
+    def objective(images, labels):
+        sizes.append(len(images))
+        logits, (label, target) = net(images), labels.unbind(1)
+        return dlr(logits, label, target), logits.argmax(1) != label
+    x_adv, at = apgd(objective, x, y, targets=targets, keys=keys, **options)
+    first = sizes[:13]
+    alone = [apgd(objective, x, y, targets=targets[:, k:k + 1], keys=keys, **options) for k in range(3)]
+    steps = torch.stack([torch.where(when < 0, 99, when) for _, when in alone])
+    assert torch.equal(torch.where(at < 0, 99, at), steps.min(0).values) and 0 < (at < 0).sum() < len(x)
+    which = torch.where(at < 0, 2, (steps == at).int().argmax(0))                # what stands: the last's
+    assert len({*which[at >= 0].tolist()}) > 1                                   # not all to the same target
+    expected = torch.stack([found for found, _ in alone])[which, torch.arange(len(x))]
+    assert torch.allclose(x_adv, expected, rtol=0, atol=1e-11)
+    # an image's rows leave together, and at once
+    assert first == [3 * int(((at < 0) | (at >= k)).sum()) for k in range(13)]
+
+
+def test_rows_leave_in_place_and_the_last_ones_fill_their_gaps():
+    x, y = torch.arange(6.).view(6, 1) / 10, torch.arange(6)
+    found, s = begin(x, y, .1, "linf", None)
+    assert not leave(found, s, torch.tensor([0, 1, 0, 0, 1, 0]).bool(), 3)
+    assert s.row.tolist() == s.y.tolist() == [0, 5, 2, 3] and torch.equal(s.x, x[s.row])
+    assert found.at.tolist() == [-1, 3, -1, -1, 3, -1] and x[:, 0].tolist() == y.div(10).tolist()
+    assert leave(found, s, torch.ones(4).bool(), 4) and found.at.tolist() == [4, 3, 4, 4, 3, 4]
 
 
 def test_apgd_halves_its_step_size_by_the_papers_two_conditions(monkeypatch):

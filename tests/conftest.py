@@ -72,7 +72,7 @@ def once(tmp_path_factory):
 def small_clip(once):
     """A file with a toy CLIP that is pretrained for 200 steps: it knows colours, and some shapes."""
     from toy.pretrain import pretrain
-    return once("toy200.pt", lambda path: torch.save(pretrain(0, steps=200, threads=1).state_dict(), path))
+    return once("toy200.pt", lambda path: torch.save(pretrain(0, steps=200).state_dict(), path))
 
 
 @pytest.fixture(scope="session")

@@ -563,7 +563,7 @@ def test_every_option_that_can_change_a_result_has_a_folder_of_its_own(monkeypat
     same = {"workers": 1, "batch_size": 7, "out": "elsewhere", "overwrite": None, "examples": None,
             "save_adv": "adv", "export": "clip"}
     assert {*other, *same} == {action.dest for action in make_parser()._actions} - {"help"}
-    usual = ("--eps", 8, "--device", "cpu", "--pretrained", "seed0")
+    usual = ("--eps", 11, "--device", "cpu", "--pretrained", "seed0")
     one = run_of(*usual)
     assert one.out.name == "eval-toy-seed0" and "ckpt" in one.identity
     runs = {"": one}

@@ -24,7 +24,7 @@ from prompts import encode_head
 from tasks.task import load_task, task_names
 
 RESULTS = ROOT / "results"
-EPS, STEP_SIZE, LOGIT_SCALE = 8 / 255, 2 / 255, 100.
+EPS, STEP_SIZE, LOGIT_SCALE = 11 / 255, 11 / 4 / 255, 100.          # the toy's
 
 
 def write(name, title, *parts):
@@ -128,9 +128,9 @@ def precision(checkpoint, limit=100, steps=100):
         return "{:.1f} ({:.1f}, {:.1f})".format(*(100 * value.float().mean() for value in values))
     write("precision.md", "What PGD-10 finds, by precision, objective and logit scale",
           f"`python paper.py precision`, toy CLIP seed 0, {usual.shape[1]} images of {len(tasks)} tasks, "
-          f"linf ε = 8/255, PyTorch {torch.__version__}. Clean accuracy {100 * usual[0].float().mean():.1f} "
-          "%. Robust accuracy (%), judged in fp32; in brackets the images (%) whose fate is the one that "
-          "they have under the log-odds in fp32 at scale 100, and those (%) whose gradient is exactly zero "
+          f"linf ε = {255 * EPS:g}/255, PyTorch {torch.__version__}. Clean accuracy "
+          f"{100 * usual[0].float().mean():.1f} %. Robust accuracy (%), judged in fp32; in brackets the images "
+          "(%) whose fate is the one that they have under the log-odds in fp32 at scale 100, and those (%) whose gradient is exactly zero "
           "in every pixel.", [["blocks in", "attack follows", *(f"scale {scale}" for scale in scales)],
                               ["---", "---", "--:", "--:", "--:"],
                               *([*way, *(cell(*found[(*way, scale)]) for scale in scales)]
@@ -206,7 +206,7 @@ def attacks(checkpoint, limit=100, steps=50, queries=500):
     version = torchattacks.__version__ if torchattacks else "(not installed)"
     write("attacks.md", "Attacks on the plain toy CLIP and on TeCoA's: robust accuracy (%)",
           f"`python paper.py attacks`, code {source_version()}, seed 0; {total} images of unseen, digits and "
-          f"textures, linf ε = 8/255, PyTorch {torch.__version__}. Theirs: torchattacks {version}, same "
-          "images, steps, queries and restarts (one), other random starts. Passes: ours through the model, "
-          "for each image.", [["attack", "CLIP: ours", "theirs", "passes", "TeCoA: ours", "theirs", "passes"],
+          f"textures, linf ε = {255 * EPS:g}/255, PyTorch {torch.__version__}. Theirs: torchattacks "
+          f"{version}, same images, steps, queries and restarts (one), other random starts. Passes: ours "
+          "through the model, for each image.", [["attack", "CLIP: ours", "theirs", "passes", "TeCoA: ours", "theirs", "passes"],
                               ["---", *["--:"] * 6], *table])

@@ -129,12 +129,13 @@ def precision(checkpoint, limit=100, steps=100):
     write("precision.md", "What PGD-10 finds, by precision, objective and logit scale",
           f"`python paper.py precision`, toy CLIP seed 0, {usual.shape[1]} images of {len(tasks)} tasks, "
           f"linf ε = {255 * EPS:g}/255, PyTorch {torch.__version__}. Clean accuracy "
-          f"{100 * usual[0].float().mean():.1f} %. Robust accuracy (%), judged in fp32; in brackets the images "
-          "(%) whose fate is the one that they have under the log-odds in fp32 at scale 100, and those (%) whose gradient is exactly zero "
-          "in every pixel.", [["blocks in", "attack follows", *(f"scale {scale}" for scale in scales)],
-                              ["---", "---", "--:", "--:", "--:"],
-                              *([*way, *(cell(*found[(*way, scale)]) for scale in scales)]
-                                for way in product(DTYPES, OBJECTIVES))],
+          f"{100 * usual[0].float().mean():.1f} %. Robust accuracy (%), judged in fp32; in brackets the "
+          "images (%) whose fate is the one that they have under the log-odds in fp32 at scale 100, and "
+          "those (%) whose gradient is exactly zero in every pixel.",
+          [["blocks in", "attack follows", *(f"scale {scale}" for scale in scales)],
+           ["---", "---", "--:", "--:", "--:"],
+           *([*way, *(cell(*found[(*way, scale)]) for scale in scales)]
+             for way in product(DTYPES, OBJECTIVES))],
           f"## An evaluation in bf16\n\nPGD-{steps} as eval_zeroshot.py runs it, with `--dtype fp32` and "
           "`bf16`, where every verdict is of an fp32 forward: accuracies (%); the images (%) that meet the "
           "same fate in both; the pixels (%) at which the log-odds' gradient at the clean image has the same "
@@ -208,5 +209,6 @@ def attacks(checkpoint, limit=100, steps=50, queries=500):
           f"`python paper.py attacks`, code {source_version()}, seed 0; {total} images of unseen, digits and "
           f"textures, linf ε = {255 * EPS:g}/255, PyTorch {torch.__version__}. Theirs: torchattacks "
           f"{version}, same images, steps, queries and restarts (one), other random starts. Passes: ours "
-          "through the model, for each image.", [["attack", "CLIP: ours", "theirs", "passes", "TeCoA: ours", "theirs", "passes"],
-                              ["---", *["--:"] * 6], *table])
+          "through the model, for each image.",
+          [["attack", "CLIP: ours", "theirs", "passes", "TeCoA: ours", "theirs", "passes"],
+           ["---", *["--:"] * 6], *table])

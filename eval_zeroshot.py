@@ -165,8 +165,9 @@ def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, done=N
     each task, with what there is. `more` goes to `evaluate`."""
     results, done = {"tasks": {}, "mean": {"clean": None, "robust": None}}, done or {}
     half = math.inf if options.get("last_iterate") else options["steps"] / 2
-    options = options | {"judge": judging(encoder)}     # `watched`, below, hides what it is
+    judge = judging(encoder)
     with progress(encoder, tasks, done) as (bar, watched):
+        options = options | {"judge": watched if judge is encoder else judge}
         for task in tasks:
             bar.set_description(f"{label}: {task.name}")
             names, head = defined(options["names"], len(heads[task.name])), heads[task.name]

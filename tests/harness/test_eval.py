@@ -193,7 +193,7 @@ def test_what_is_wrong_in_bf16_alone_does_not_count(toy, name, passes):
         Rounded(encoder), head, scale, x, y, index, **options)
     assert torch.equal(predicted, y) and (by == -1).all() and (at == -1).all() and (spent == passes).all()
     # where its gradient points the loss in fp32 falls
-    assert name == "square" or uphill.float().mean() < .1
+    assert name == "square" or uphill.float().mean() < .2
     low, full = (evaluate_tasks(net, {task.name: head}, scale, [task], options, label="", batch_size=120,
                                 probe=False) for net in (Rounded(encoder), encoder))
     assert low["mean"] == full["mean"] and full["mean"]["robust"] > 50
@@ -381,7 +381,7 @@ def lines(path):
 
 def test_batches_and_processes_change_nothing(run, small_clip, tmp_path, read_json):
     """Two processes share an odd number of images."""
-    more = ("--limit", 21, "--attack", "pgd,apgd-ce,apgd-t,square", "--steps", 3, "--queries", 15)
+    more = ("--limit", 21, "--attack", "pgd,apgd-ce,apgd-t,square", "--steps", 3, "--queries", 15, "--eps", 8)
     for k, (batch, processes) in enumerate([(64, 1), (1, 1), (7, 1), (10, 2)]):
         words = words_for(small_clip, tmp_path / str(k), *more, "--batch-size", batch)
         command(*words) if processes == 1 else run("eval_zeroshot.py", *words, processes=processes)
@@ -477,7 +477,8 @@ def test_interpolation_is_between_the_weights(small_clip, tmp_path, read_json):
 
 def test_a_plain_clip_that_withstands_apgd_is_warned_about(small_clip, monkeypatch, tmp_path, read_json):
     monkeypatch.setattr("model.load_clip", lambda name, tag, *more: load_clip(name, str(small_clip), *more))
-    words = ["--pretrained", "seed7", "--tasks", "colours", "--limit", 40, "--steps", 1]
+    monkeypatch.setattr("harness.evaluation.ByModel", lambda real, toy: lambda args: 8.)
+    words = ["--pretrained", "seed7", "--tasks", "colours", "--limit", 40, "--steps", 1, "--eps", 8]
     for name, more, warned in (("a", ["--attack", "apgd-ce"], True), ("b", ["--attack", "pgd"], False),
                                ("c", ["--attack", "apgd-ce", "--eps", 4], False)):
         printed = command(*words, *more, "--out", tmp_path / name)

@@ -138,7 +138,7 @@ def test_names_say_what_is_unusual(tmp_path, monkeypatch):
     weights = tmp_path / "my clip.pt"
     weights.write_bytes(b"abc")                             # whose sha256 begins with ba7816bf
     for words, name in (
-            ([], "toy-tecoa-full-seed0"), (["--eps", 8], "toy-tecoa-full-seed0"),
+            ([], "toy-tecoa-full-seed0"), (["--eps", 11], "toy-tecoa-full-seed0"),
             (["--eps", 4, "--lr", .1, "--seed", 3], "toy-tecoa-full-eps4-lr0.1-seed3"),
             (["--loss", "fare", "--optimizer", "adamw"], "toy-fare-full-optimizeradamw-seed0"),
             (["--adapt", "token-prompt,image-prompt"], "toy-tecoa-image-prompt,token-prompt-seed0"),

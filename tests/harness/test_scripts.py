@@ -118,7 +118,7 @@ def test_evaluating_the_checkpoint_gives_the_trainings_own_numbers(trained, read
     results = read_json(folder / "results.json")
     check_schema(results, ["unseen", "colours"])
     assert results["tasks"] == read_json(out / "results.json")["tasks"]
-    assert results["config"]["eps"] == 8 and "| **mean of 2** |" in done.stdout
+    assert results["config"]["eps"] == 11 and "| **mean of 2** |" in done.stdout
 
 
 def test_attacks_of_the_command_line_differ(trained, read_json, tmp_path):
@@ -374,7 +374,7 @@ def test_bad_input_ends_in_one_line_and_status_2(run, forks, monkeypatch, tmp_pa
         ("--model ViT-B-32-quickgelu", "--pretrained"), ("--dataset imagenet", "--data-root"),
         (f"--dataset imagenet --data-root {tmp_path / 'absent'}", "no such folder"),
         (f"--dataset folder:{empty}", "empty"), ("--eps -1", "--eps"),
-        (f"--dataset folder:{tmp_path / 'split'}", "only one class"),
+        (f"--dataset folder:{tmp_path / 'split'} --tasks none", "only one class"),
         ("--eps nan", "--eps"), ("--steps 0", "--steps"), ("--steps 1.5", "--steps"), ("--bogus", "--bogus"),
         ("--report-to mlflow", "tensorboard, wandb"),
         ("--loss mse", "--loss"), ("--lim 3", "--lim"), ("--device tpu9", "--device"),

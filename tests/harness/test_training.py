@@ -224,7 +224,7 @@ def test_another_command_in_a_folder_says_what_is_there(forks, small, tmp_path):
                                    "replaces what is there\n")
     for words, said in (
             (["--lr", .5], f"{out} holds a finished run, with --lr 0.01 (here 0.5): {ways}"),
-            (["--eps", 4], f"with --eps 8.0 (here 4.0), --step-size 5.0 (here 2.5): {ways}"),
+            (["--eps", 4], f"with --eps 11.0 (here 4.0), --step-size 6.875 (here 2.5): {ways}"),
             (["--lr", .5, "--resume"], f"the run in {out} has --lr 0.01 (here 0.5)\n"),
             (["--resume", "--overwrite"], "--resume goes on with a run, --overwrite replaces it: give one of "
                                           "them\n"),

@@ -17,9 +17,7 @@ from tasks.task import load_task
 
 DEFINITIONS = ast.FunctionDef | ast.ClassDef
 LESSON = ROOT / "docs" / "lesson.ipynb"
-# more and smaller steps: after few of them no model has moved far
-SMALL = {"ATTACK_STEPS =": "TRAINING_STEPS, IMAGES, ATTACK_STEPS = 50, 40, 8",
-         "parser.settle(": "options.batch_size = 32"}
+SMALL = {"ATTACK_STEPS =": "TRAINING_STEPS, IMAGES, ATTACK_STEPS = 60, 40, 8"}
 KEPT = ("x y eps predicted x_adv fooled shares tables whole accuracy_of_both share_of_hearts reported needed "
         "sure").split()
 
@@ -96,7 +94,7 @@ def test_cross_entropy_goes_blind_and_log_odds_do_not(lesson):
 def test_what_training_with_and_without_texts_leaves_of_zero_shot(lesson):
     clean = {name: table["mean"]["clean"] for name, table in lesson["tables"].items()}
     assert [*clean] == ["CLIP", "ce", "tecoa", "fare"]
-    assert clean["ce"] + 10 < clean["tecoa"] < clean["CLIP"]
+    assert clean["ce"] + 5 < clean["tecoa"] < clean["CLIP"]
     assert all(table["mean"]["tasks"] == 8 for table in lesson["tables"].values())
     adapted = {name: table["adapted"]["seen"]["clean"] for name, table in lesson["whole"].items()}
     assert adapted["ce"] < adapted["tecoa"]

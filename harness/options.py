@@ -165,6 +165,22 @@ def number(kind, least, strict=False, most=2**31):
     return parse
 
 
+def length(least, strict=False):
+    """A length in 1/255: a bare number; or N/R, which is N where pixels go from 0 to R: 8/255, or 0.5/1."""
+    plain = number(float, least, strict)
+
+    def parse(text):
+        above, slash, below = text.partition("/")
+        try:
+            # N * (255 / 255) is N to the bit; else 0.0313725490196/1 is 8 as well
+            times = 255 / float(below) if slash else 1
+            return plain(float(above) if times == 1 else float(f"{float(above) * times:.12g}"))
+        except (ValueError, ZeroDivisionError):
+            raise argparse.ArgumentTypeError(f"expected a number in 1/255, as 8, or with its unit, as 8/255 "
+                                             f"or 0.5/1, got {text}") from None
+    return parse
+
+
 def cadence(text):
     """A number of steps, or of minutes with an m."""
     (number(float, 0, strict=True) if text.endswith("m") else number(int, 1))(text.removesuffix("m"))
@@ -201,15 +217,38 @@ def shares(text):
 def default_eps(args):
     """ε in 1/255: the paper's in linf; there is no usual one in l2."""
     if args.norm == "l2":
-        raise ValueError("--norm l2 needs --eps, in 1/255")
+        raise ValueError("--norm l2 needs --eps, such as 128/255, or 0.5/1 where pixels are in [0,1]")
     return ByModel(1., 11.)(args)
 
 
 def default_step_size(args, training):
-    """In 1/255: the paper's 1; the toy's, and any in l2, in proportion to ε."""
-    if args.model != "toy" and args.norm == "linf":
+    """In 1/255. Real models in linf: at ε = 1 the paper's 1, in training of 2 steps; with another ε or other
+    steps what reaches the ball's surface. The toy, and any model in l2: in proportion to ε."""
+    ours, eps = args.model == "toy" or args.norm == "l2", args.eps
+    if not eps:                                         # any will do
         return 1.
-    return 1.25 * args.eps / args.steps if training else args.eps / 4
+    if training:
+        return 1.25 * eps / args.steps if ours else eps * min(1.25, 2 / args.steps)
+    least = eps / min(4, args.steps)
+    return least if ours else max(least, min(1., eps))
+
+
+def doubts(args):
+    """What may not be meant in settled args' ε and step size, in words: a list."""
+    norm, eps, step, found = args.norm, args.eps, args.step_size, []
+    if 0 < eps < (.1 if norm == "linf" else 10):
+        found.append(f"--norm {norm} --eps {eps:g} is {eps:g}/255, or {eps / 255:.2g} in pixels of [0,1]; if "
+                     f"{eps:g} in pixels of [0,1] is meant, as in RobustBench, say --eps {eps:g}/1")
+    if norm == "linf" and eps >= 127.5:
+        found.append(f"--eps {eps:g}: within 127.5/255 every image can be made the same grey; an L2 length "
+                     "needs --norm l2")
+    if {"pgd", "cw"} & {*getattr(args, "attack", "pgd").split(",")}:
+        if args.steps * step < eps * (1 - 1e-9):
+            found.append(f"PGD cannot reach the surface of the ε-ball: --steps {args.steps} times --step-size "
+                         f"{step:g} is {args.steps * step:g}/255, and ε is {eps:g}/255")
+        if step > 2 * eps > 0:
+            found.append(f"--step-size {step:g} is more than the diameter of the ball, {2 * eps:g}/255")
+    return found
 
 
 def default_dtype(args, training):
@@ -239,12 +278,13 @@ def add_shared_options(parser, *, training):
         f"attack in {'training' if training else 'evaluation'}"))
     option("--norm", lambda args: "linf", choices=("linf", "l2"), help="of the ε-ball; l2 wants --eps "
            "(default: linf)")
-    option("--eps", default_eps, type=number(float, 0), help="radius of the ball in 1/255 (default: 1; toy: "
-           "11)")
+    option("--eps", default_eps, type=length(0), metavar="N|N/R", help="radius of the ball: 8 or 8/255, in "
+           "1/255; 0.5/1, where pixels are in [0,1] (default: 1; toy: 11)")
     option("--steps", 2 if training else 100, type=number(int, 1), help="gradient steps")
-    option("--step-size", partial(default_step_size, training=training), type=number(float, 0, strict=True),
-           help="length of a step in 1/255 (default: 1, the paper's; toy and l2: "
-           f"{'1.25 ε / steps' if training else 'ε / 4'})")
+    option("--step-size", partial(default_step_size, training=training), type=length(0, strict=True),
+           metavar="N|N/R", help="length of a step, as --eps (default: " + (
+               "ε · 2 / steps, at most 1.25 ε; toy and l2: 1.25 ε / steps)" if training else
+               "1, at most ε and at least ε / 4; toy and l2: ε / 4; of few steps ε / steps)"))
     option = partial(parser.option, parser.add_argument_group("run"))
     option("--batch-size", ByModel(256, 64) if training else 256, type=number(int, 1), result=training,
            help="images, over all processes")

@@ -20,7 +20,7 @@ import kernels
 from harness.files import sha256
 from harness.processes import RANK, has_bf16
 from harness.trackers import tracker_names
-from model import ADAPTATIONS
+from model import ADAPTATIONS, CONFIG, LOCAL, weights_in
 from tasks.images import printable
 
 
@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 
     def identity(self, args):
         """{option: value} of all in settled args that can change a result; files by their content."""
-        return {word: content(value) if word in self.paths else value
+        return {word: content(value, word) if word in self.paths or is_local(value) else value
                 for word, value in vars(args).items() if word not in self.harmless}
 
     def unusual(self, args, **known):
@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         def spelled(word):
             value = getattr(args, word)
             is_file = word in self.paths and os.path.isfile(str(value))
-            return spelled_path(value) if is_file else spelled_value(value)
+            return spelled_path(value, word) if is_file or is_local(value) else spelled_value(value)
         words = [spelled(word) for word in always if word != "seed"]
         words += [word.replace("_", "") + spelled(word) for word in self.unusual(args, **known)
                   if word not in (*always, *hidden)]
@@ -124,16 +124,32 @@ class Parser(argparse.ArgumentParser):
         return words
 
 
-def content(value):
-    """A path as an identity has it: of a file its name and the sha256 of its content."""
-    if value and os.path.isfile(value):
-        return f"{Path(value).name} {sha256(value)}"
+def is_local(value):
+    """Whether it is a model in a folder, open_clip's local-dir:PATH."""
+    return isinstance(value, str) and value.startswith(LOCAL)
+
+
+def digests(path, word):
+    """The sha256 of a file, or of the weights in local-dir:PATH; then, where it decides of a model's weights,
+    that of the open_clip_config.json beside them: a list."""
+    path = weights_in(path.removeprefix(LOCAL)) if is_local(path) else Path(path)
+    config = path.with_name(CONFIG)
+    read = word in ("model", "pretrained") and config.is_file()
+    return [sha256(path), *([sha256(config)] if read else [])]
+
+
+def content(value, word):
+    """A path as the identity has it, option `word`: of a file its name and what it holds."""
+    if is_local(value) or value and os.path.isfile(value):
+        return " ".join([Path(value).name, *digests(value, word)])
     return str(Path(value).resolve()) if value and os.path.isdir(value) else value
 
 
-def spelled_path(path):
-    """A file as a part of a folder's name."""
-    return f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', Path(path).stem)[:40]}-{sha256(path)[:8]}"
+def spelled_path(path, word):
+    """A file, or local-dir:PATH, as a part of a folder's name."""
+    stem = Path(path).name if is_local(path) else Path(path).stem
+    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "-", stem)[:40]
+    return "-".join([plain, *(digest[:8] for digest in digests(path, word))])
 
 
 def spelled_value(value):
@@ -244,8 +260,8 @@ def doubts(args):
                      "needs --norm l2")
     if {"pgd", "cw"} & {*getattr(args, "attack", "pgd").split(",")}:
         if args.steps * step < eps * (1 - 1e-9):
-            found.append(f"PGD cannot reach the surface of the ε-ball: --steps {args.steps} times --step-size "
-                         f"{step:g} is {args.steps * step:g}/255, and ε is {eps:g}/255")
+            found.append(f"PGD cannot reach the surface of the ε-ball: --steps {args.steps} times "
+                         f"--step-size {step:g} is {args.steps * step:g}/255, and ε is {eps:g}/255")
         if step > 2 * eps > 0:
             found.append(f"--step-size {step:g} is more than the diameter of the ball, {2 * eps:g}/255")
     return found

@@ -57,12 +57,12 @@ def config_beside(path):
 
 
 def weights_in(folder):
-    """The file of a local-dir: model's weights, as open_clip chooses it. ValueError: none, or any of several."""
+    """The file of a local-dir: model's weights, as open_clip chooses it. ValueError: none, or several."""
     names = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
              "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "model.safetensors",
              "pytorch_model.bin", "pytorch_model.pth", "model.pth")
     found = [file for kind in ("safetensors", "bin", "pth") for file in Path(folder).glob(f"*.{kind}")]
-    best = min(found, key=lambda file: names.index(file.name) if file.name in names else len(names), default=None)
+    best = min(found, key=lambda file: [*names, file.name].index(file.name), default=None)
     if best is None or best.name not in names and len(found) > 1:
         what = f"any of {', '.join(sorted(file.name for file in found)[:5])}" if found else "no weights"
         raise ValueError(f"--model {LOCAL}{folder} has {what}: expected {names[0]}, or one file of weights")
@@ -161,7 +161,8 @@ def check_file(name, path):
         if name != "toy":
             say(f"{path} has no {CONFIG} beside it: mean and std are OpenAI's")
         return
-    wrong = contradictions(*({"quick_gelu": False} | one for one in (config["model_cfg"], model_config(name))))
+    wrong = contradictions(*({"quick_gelu": False} | one
+                             for one in (config["model_cfg"], model_config(name))))
     if wrong:
         what = "QuickGELU mismatch: " * any(text.startswith("quick_gelu") for text in wrong)
         raise ValueError(f"{what}{CONFIG} beside {path} says {', '.join(wrong[:3])}: take --model "
@@ -225,8 +226,8 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
         clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
     except Exception as error:                  # open_clip raises many kinds, some over many lines
         said = " ".join(str(error).split())[:200] or type(error).__name__
-        other = (". A checkpoint of a training run, or an image encoder alone, is given as --ckpt, in training as "
-                 "--init") * bool(pretrained and file)
+        other = (". A checkpoint of a training run, or an image encoder alone, is given as --ckpt, in "
+                 "training as --init") * bool(pretrained and file)
         raise ValueError(f"cannot load --model {name} --pretrained {pretrained}: {said}{other}") from None
     finally:
         logging.disable(logging.NOTSET)

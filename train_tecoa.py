@@ -156,8 +156,8 @@ def pseudo_labels():
 
 run.print(f"{args.model} {args.pretrained or ''} on {device} in {args.dtype}, {WORLD} process(es). Adapting "
           f"on {train.name}: {len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, "
-          f"PGD-{args.steps}, {ball(args.norm, args.eps / 255, args.step_size / 255)}; {schedule_steps:,} steps "
-          f"of training, {warmup:,} of warm-up.")
+          f"PGD-{args.steps}, {ball(args.norm, args.eps / 255, args.step_size / 255)}; {schedule_steps:,} "
+          f"steps of training, {warmup:,} of warm-up.")
 before = run.table_before([*heads], lambda: zero_shot_table("CLIP"))
 examples = {"CLIP": attacked_examples(encoder, heads, logit_scale, tasks, attack)}
 if args.labels == "pseudo":

@@ -276,7 +276,7 @@ def load_visual(clip, checkpoint, path, alpha=1.):
     said, here = checkpoint.get("constants"), constants(clip)
     if said and repr(said) != repr(here):
         raise ValueError(f"{path} was adapted with {said}, and {model} {checkpoint['pretrained']} here has "
-                         f"{here}: give the original weights as --pretrained FILE, with their {CONFIG} beside")
+                         f"{here}: give the original weights as --pretrained FILE, beside their {CONFIG}")
     other = said_otherwise(clip, config_beside(path)) if checkpoint["format"] != FORMAT else {}
     if {"mean", "std"} & {*other}:
         raise ValueError(f"{CONFIG} beside {path} says {other}, which is not the normalisation of {model} "

@@ -158,8 +158,8 @@ class TrainingRun:
         start = copy.deepcopy(self.clip.state_dict())
         if not all(torch.equal(start[name], before[name]) for name in start if name[:7] != "visual."):
             raise ValueError(f"--init {args.init} has another text encoder than --model {args.model} "
-                             f"--pretrained {args.pretrained}, which is the original CLIP: as a whole CLIP, give "
-                             "it as --pretrained")
+                             f"--pretrained {args.pretrained}, which is the original CLIP: give a whole CLIP "
+                             "as --pretrained")
         self.clip.load_state_dict(before)
         prompts = self.start.get("prompts", {})
         lost = {*prompts} - {PROMPTS[method] for method in args.adapt.split(",") if method in PROMPTS}

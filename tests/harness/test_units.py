@@ -1,5 +1,6 @@
 """ε and step size as people write them; steps that reach; the warm-up; what is warned about, and recorded."""
 import argparse
+import itertools
 import json
 import math
 import re
@@ -14,6 +15,7 @@ from attacks import pgd
 from harness.evaluation import settle
 from harness.options import doubts, length
 from harness.training import hopeless
+from model import model_config
 
 REAL = ("--model", "ViT-B-32-quickgelu", "--pretrained", "openai")
 
@@ -147,3 +149,24 @@ def test_a_checkpoints_own_eps_is_kept():
         checkpoint = {"model": "toy", "pretrained": "seed3", "config": {"eps": eps, "norm": norm}}
         args, _ = settle(parser, parser.parse_args(["--ckpt", "x"]), checkpoint, 1.)
         assert (args.norm, args.eps, args.step_size) == (norm, eps, eps / 4)
+
+
+def test_weights_and_the_configuration_beside_them_count_by_content(tmp_path):
+    """Of a file and of a folder; wherever it is."""
+    configs = [json.dumps({"model_cfg": model_config("toy"), "preprocess_cfg": {"mean": [mean] * 3}})
+               for mean in (.4, .5)]
+    for words in (("--pretrained", "{}/model.pth"), ("--model", "local-dir:{}")):
+        for stage in (training, evaluation):
+            found, several = {}, itertools.product((b"one", b"two"), [*configs, configs[0]])
+            for number, (weights, config) in enumerate(several):
+                folder = tmp_path / str(number) / "clip"
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "model.pth").write_bytes(weights)
+                (folder / "open_clip_config.json").write_text(config)
+                _, *named = stage(*(word.format(folder) for word in words))
+                found.setdefault((weights, config), []).append(named)
+                assert str(tmp_path) not in str(named)
+            assert [len(same) for same in found.values()] == [2, 1, 2, 1]
+            assert all(name == same[0] for same in found.values() for name in same)
+            for part in (0, 1):
+                assert len({str(same[0][part]) for same in found.values()}) == 4

@@ -156,18 +156,18 @@ class TrainingRun:
         args, before = self.args, copy.deepcopy(self.clip.state_dict())
         load_visual(self.clip, self.start, args.init)
         start = copy.deepcopy(self.clip.state_dict())
+        self.clip.load_state_dict(before)
         if not all(torch.equal(start[name], before[name]) for name in start if name[:7] != "visual."):
             raise ValueError(f"--init {args.init} has another text encoder than --model {args.model} "
                              f"--pretrained {args.pretrained}, which is the original CLIP: give a whole CLIP "
                              "as --pretrained")
-        self.clip.load_state_dict(before)
         prompts = self.start.get("prompts", {})
         lost = {*prompts} - {PROMPTS[method] for method in args.adapt.split(",") if method in PROMPTS}
-        inside = [slice(None)] * 2 + [slice(args.border, -args.border if args.border else None)] * 2
-        if "border" in prompts and prompts["border"][inside].any():
-            lost |= {"border"}
+        if not lost and "border" in prompts:
+            inside = prompts["border"][:, :, args.border:-args.border, args.border:-args.border]
+            lost = {"border"} if inside.any() else set()
         if "tokens" in prompts and len(prompts["tokens"]) != args.tokens:
-            lost |= {"tokens"}
+            lost.add("tokens")
         if lost:
             raise ValueError(f"--init {args.init} has visual prompts ({', '.join(sorted(lost))}) that do not "
                              f"fit into --adapt {args.adapt}, its --border or its --tokens")

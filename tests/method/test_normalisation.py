@@ -163,7 +163,8 @@ def test_a_tokenizer_that_needs_another_package_is_one_line_before_a_download(mo
     real = model.find_spec
     monkeypatch.setattr(model, "find_spec", find_spec)
     monkeypatch.setattr(open_clip, "create_model", lambda *_: pytest.fail("loads"))
-    for name, pretrained in (("xlm-roberta-base-ViT-B-32", "laion5b_s13b_b90k"), ("roberta-ViT-B-32", "none")):
+    for name, pretrained in (("xlm-roberta-base-ViT-B-32", "laion5b_s13b_b90k"),
+                             ("roberta-ViT-B-32", "none")):
         with pytest.raises(ValueError, match="tokenizer .*pip install transformers") as error:
             load_clip(name, pretrained)
         assert "\n" not in str(error.value)

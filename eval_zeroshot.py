@@ -238,8 +238,8 @@ def make_parser():
     option("--examples", False, action="store_true", result=False, help="draw attacked images (default: no)")
     option("--save-adv", metavar="DIR", result=False, help="keep the attacked images in DIR/<task>/*.npz: x "
            "(uint8), x_adv (fp32), image, label, adversarial (default: no)")
-    option("--export", metavar="DIR", result=False, help="write DIR/open_clip_model.safetensors, which "
-           "open_clip loads; --tasks none for that alone (default: no)")
+    option("--export", metavar="DIR", result=False, help="write weights and configuration for open_clip, and "
+           "for --model local-dir:DIR; --tasks none for that alone (default: no)")
     return parser
 
 

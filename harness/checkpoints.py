@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from harness.files import write_json
-from model import (CONFIG, are_openai_weights, config_beside, model_config, refuse_damaged,
+from model import (CONFIG, are_openai_weights, check_file, config_beside, model_config, refuse_damaged,
                    refuse_openai_weights_without_quickgelu, said_otherwise)
 
 FORMAT, KEYS = "tecoa-1", {"model", "pretrained", "text", "config", "visual"}      # of checkpoints of ours
@@ -277,7 +277,10 @@ def load_visual(clip, checkpoint, path, alpha=1.):
     if said and repr(said) != repr(here):
         raise ValueError(f"{path} was adapted with {said}, and {model} {checkpoint['pretrained']} here has "
                          f"{here}: give the original weights as --pretrained FILE, beside their {CONFIG}")
-    other = said_otherwise(clip, config_beside(path)) if checkpoint["format"] != FORMAT else {}
+    config = config_beside(path) if checkpoint["format"] != FORMAT else None
+    if config:
+        check_file(model, path)
+    other = said_otherwise(clip, config)
     if {"mean", "std"} & {*other}:
         raise ValueError(f"{CONFIG} beside {path} says {other}, which is not the normalisation of {model} "
                          f"{checkpoint['pretrained'] or ''} here: a whole CLIP is taken with its own by "

@@ -278,7 +278,8 @@ def add_shared_options(parser, *, training):
     def on_gpu(args):
         return args.device.startswith("cuda")
     option = partial(parser.option, parser.add_argument_group("model"))
-    option("--model", lambda args: "toy", help="an open_clip name, hf-hub:ORG/REPO, or toy (default: toy)")
+    option("--model", lambda args: "toy", help="an open_clip name, local-dir:PATH, hf-hub:ORG/REPO, or toy "
+           "(default: toy)")
     option("--pretrained", lambda args: f"seed{args.seed}" if args.model == "toy" else None, path=True,
            help="an open_clip tag, a file, or none; for the toy: seedN, trained on first use")
     option = partial(parser.option, parser.add_argument_group("data"))

@@ -48,12 +48,13 @@ class TrainingRun:
                 raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
             if args.resume:
                 args, self.checkpoint = options_of_run(parser, args)
-            self.start, known = start_of(args) if args.init and not self.checkpoint else (None, {})
+            begun = self.checkpoint is not None and self.checkpoint["step"] > 0         # --init is not needed
+            self.start, known = start_of(args) if args.init and not begun else (None, {})
             self.args, self.left_open = parser.settle(args, **known), args.dtype is None
             del self.args.resume, self.args.overwrite
             self.out = Path(args.out or f"out/{parser.name(self.args, NAME, **known)}")
             self.args.out, self.identity = str(self.out), parser.identity(self.args)
-            if self.checkpoint and args.init and not Path(args.init).exists():      # it is not needed again
+            if begun and args.init and not Path(args.init).exists():
                 self.identity["init"] = self.checkpoint["training"]["identity"].get("init")
             self.device = processes.start(self.args)
             self.look()

@@ -13,6 +13,8 @@ from test_options import training
 from harness.checkpoints import export_clip, read_checkpoint, save_checkpoint
 from harness.training import TrainingRun, start_of
 from model import ImageEncoder, adapt, load_clip
+from tasks.loading import batches
+from tasks.task import load_task
 
 kept = functools.cache(lambda: load_clip("toy", "none")[0])      # to look at only
 RUN = ("--dataset", "digits", "--tasks", "digits", "--limit", 32, "--batch-size", 8, "--eval-steps", 1,
@@ -121,12 +123,27 @@ def test_a_run_from_a_checkpoint(tmp_path, read_json):
     assert rows[0]["clean"] == rows[1]["clean"] and rows[0]["standing"] == rows[1]["standing"]
     assert json.loads(json.dumps(after["identity"]))["init"].startswith("start.pt ")
 
-    words = ("train_tecoa.py", *RUN, "--init", path)
+    words, parts = ("train_tecoa.py", *RUN, "--init", path), tmp_path / "parts"
     here(*words, "--out", tmp_path / "whole")
-    here(*words, "--out", tmp_path / "parts", "--max-steps", 2)
+    here(*words, "--out", parts, "--max-steps", 2)
+    # as if it had been killed before its first step, and again later
+    (parts / "results.json").unlink()
+    (parts / "ckpt-previous.pt").replace(parts / "ckpt.pt")
+    here("train_tecoa.py", "--resume", parts, "--max-steps", 2)
     path.unlink()
-    here("train_tecoa.py", "--resume", tmp_path / "parts", "--max-steps", 4)
+    here("train_tecoa.py", "--resume", parts, "--max-steps", 4)
     one, other = (read_checkpoint(tmp_path / name / "ckpt.pt")["visual"] for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert log_of(tmp_path / "parts")[-1]["step"] == 4
     assert not torch.equal(one["visual.proj"], visual["visual.proj"])
+
+
+def test_fares_original_is_not_the_start(tmp_path):
+    """Without attack or step its loss is the squared distance of the start's features from CLIP's."""
+    here("train_tecoa.py", *RUN, "--loss", "fare", "--init", write("ours", tmp_path), "--eps", 0, "--lr", 0,
+         "--out", tmp_path / "run")
+    task = load_task("digits", "train", size=32, limit=32)
+    x = torch.cat([batch.x for batch in batches(task, range(32), 32, 0, bad="leave out")]) / 255
+    apart = (ImageEncoder(moved())(x) - ImageEncoder(kept())(x)).square().sum(1)
+    (row,) = log_of(tmp_path / "run")                   # one line, of all four steps
+    assert abs(row["loss"] / apart.mean().item() - 1) < 1e-3

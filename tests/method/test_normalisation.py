@@ -141,6 +141,9 @@ def test_a_checkpoint_is_not_evaluated_on_a_clip_that_normalises_otherwise(folde
         load_visual(plain, ours, "ckpt.pt")
     with pytest.raises(ValueError, match=f"not the normalisation of toy.*--model local-dir:{folder}"):
         load_visual(plain, theirs, file)
+    configure(folder, quick_gelu=False)
+    with pytest.raises(ValueError, match="QuickGELU mismatch"):
+        load_visual(load_clip("toy", "none")[0], theirs, file)
     # one of ours from before that was recorded
     load_visual(plain, {key: value for key, value in ours.items() if key != "constants"}, "ckpt.pt")
 

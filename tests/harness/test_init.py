@@ -143,7 +143,7 @@ def test_fares_original_is_not_the_start(tmp_path):
     here("train_tecoa.py", *RUN, "--loss", "fare", "--init", write("ours", tmp_path), "--eps", 0, "--lr", 0,
          "--out", tmp_path / "run")
     task = load_task("digits", "train", size=32, limit=32)
-    x = torch.cat([batch.x for batch in batches(task, range(32), 32, 0, bad="leave out")]) / 255
+    x = torch.cat([batch.x for batch in batches(task, [*range(32)], 32, 0, bad="leave out")]) / 255
     apart = (ImageEncoder(moved())(x) - ImageEncoder(kept())(x)).square().sum(1)
     (row,) = log_of(tmp_path / "run")                   # one line, of all four steps
     assert abs(row["loss"] / apart.mean().item() - 1) < 1e-3

@@ -19,7 +19,7 @@ from torch import nn
 
 from kernels.contrastive_loss import contrast
 
-CONFIG, LOCAL = "open_clip_config.json", "local-dir:"           # open_clip's, beside weights in a file
+CONFIG, LOCAL_DIR = "open_clip_config.json", "local-dir:"           # open_clip's, beside weights in a file
 
 
 # open_clip takes two seconds to import: only what computes with a model does it, so that a command line that
@@ -65,7 +65,7 @@ def weights_in(folder):
     best = min(found, key=lambda file: [*names, file.name].index(file.name), default=None)
     if best is None or best.name not in names and len(found) > 1:
         what = f"any of {', '.join(sorted(file.name for file in found)[:5])}" if found else "no weights"
-        raise ValueError(f"--model {LOCAL}{folder} has {what}: expected {names[0]}, or one file of weights")
+        raise ValueError(f"--model {LOCAL_DIR}{folder} has {what}: expected {names[0]}, or one file of weights")
     return best
 
 
@@ -96,8 +96,8 @@ def say(text):
 
 def model_config(name):
     """open_clip's config of a model that has a file, or that is in a folder or on a hub: a dict."""
-    if name.startswith(LOCAL):
-        config = config_beside(name.removeprefix(LOCAL))
+    if name.startswith(LOCAL_DIR):
+        config = config_beside(name.removeprefix(LOCAL_DIR))
         if config is None:
             raise ValueError(f"--model {name}: there is no {CONFIG}")
         return config["model_cfg"]
@@ -110,7 +110,7 @@ def model_config(name):
 @functools.cache
 def say_source(name, pretrained):
     """Print, once and in process 0 alone, where open_clip takes weights and some tokenizers from."""
-    if name.startswith(LOCAL):
+    if name.startswith(LOCAL_DIR):
         return
     if name.startswith("hf-hub:"):
         weights, tokenizer = {"hf_hub": name.removeprefix("hf-hub:")}, None
@@ -125,12 +125,12 @@ def say_source(name, pretrained):
 
 def check_pretrained(name, pretrained):
     """ValueError if name or pretrained are unknown, or differ in QuickGELU, of which open_clip only warns."""
-    for kind in [kind for kind in ("hf-hub:", LOCAL) if name.startswith(kind)]:
+    for kind in [kind for kind in ("hf-hub:", LOCAL_DIR) if name.startswith(kind)]:
         if pretrained:
             raise ValueError(f"--pretrained {pretrained}: an {kind} model brings its own weights")
-        if kind == LOCAL:
+        if kind == LOCAL_DIR:
             check_tokenizer(name)
-            weights_in(name.removeprefix(LOCAL))
+            weights_in(name.removeprefix(LOCAL_DIR))
         return
     files, lists = open_clip_lists()
     if name == "toy":
@@ -166,7 +166,7 @@ def check_file(name, path):
     if wrong:
         what = "QuickGELU mismatch: " * any(text.startswith("quick_gelu") for text in wrong)
         raise ValueError(f"{what}{CONFIG} beside {path} says {', '.join(wrong[:3])}: take --model "
-                         f"{LOCAL}{Path(path).parent} instead")
+                         f"{LOCAL_DIR}{Path(path).parent} instead")
 
 
 def check_tokenizer(name):
@@ -215,7 +215,7 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
         pretrain.register()
     if name == "toy" and not (pretrained == "none" or pretrained and os.path.isfile(pretrained)):
         pretrained = str(pretrain.pretrained_file(pretrain.seed_of(pretrained) if pretrained else seed))
-    file = weights_in(name.removeprefix(LOCAL)) if name.startswith(LOCAL) else pretrained
+    file = weights_in(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else pretrained
     file = file if file and os.path.isfile(file) else None
     if file:
         refuse_damaged(file)

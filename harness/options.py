@@ -20,7 +20,7 @@ import kernels
 from harness.files import sha256
 from harness.processes import RANK, has_bf16
 from harness.trackers import tracker_names
-from model import ADAPTATIONS, CONFIG, LOCAL, weights_in
+from model import ADAPTATIONS, CONFIG, LOCAL_DIR, weights_in
 from tasks.images import printable
 
 
@@ -126,13 +126,13 @@ class Parser(argparse.ArgumentParser):
 
 def is_local(value):
     """Whether it is a model in a folder, open_clip's local-dir:PATH."""
-    return isinstance(value, str) and value.startswith(LOCAL)
+    return isinstance(value, str) and value.startswith(LOCAL_DIR)
 
 
 def digests(path, word):
     """The sha256 of a file, or of the weights in local-dir:PATH; then, where it decides of a model's weights,
     that of the open_clip_config.json beside them: a list."""
-    path = weights_in(path.removeprefix(LOCAL)) if is_local(path) else Path(path)
+    path = weights_in(path.removeprefix(LOCAL_DIR)) if is_local(path) else Path(path)
     config = path.with_name(CONFIG)
     read = word in ("model", "pretrained") and config.is_file()
     return [sha256(path), *([sha256(config)] if read else [])]

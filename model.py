@@ -65,7 +65,7 @@ def weights_in(folder):
     best = min(found, key=lambda file: [*names, file.name].index(file.name), default=None)
     if best is None or best.name not in names and len(found) > 1:
         what = f"any of {', '.join(sorted(file.name for file in found)[:5])}" if found else "no weights"
-        raise ValueError(f"--model {LOCAL_DIR}{folder} has {what}: expected {names[0]}, or one file of weights")
+        raise ValueError(f"--model {LOCAL_DIR}{folder} has {what}: expected {names[0]}, or a single file")
     return best
 
 

@@ -25,7 +25,7 @@ from harness.checkpoints import export_clip, load_visual, read_checkpoint
 from harness.evaluation import EvaluationRun, choose_examples, load_tasks, phase, progress, settle, shared
 from harness.options import ByModel, Parser, add_shared_options, number, shares
 from harness.processes import DTYPES, RANK, rank0, rank0_first
-from harness.reports import mean, summary
+from harness.reports import ball, mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
 from kernels.pgd_step import to_float
 from model import ImageEncoder, image_size, judging, load_clip, predict
@@ -45,7 +45,7 @@ def protocol(options):
     standard = {"names": [*AUTOATTACK], "steps": 100, "queries": 5000, "restarts": 1}
     known = "AutoAttack standard (2020) without FAB-T: " * (standard.items() <= options.items())
     return (known + ", ".join(words)
-            + f"; {options['norm']} ε = {255 * options['eps']:g}/255; {options['restarts']} random start(s); "
+            + f"; {ball(**options)}; {options['restarts']} random start(s); "
             f"robust = right at {'the last' if options['last_iterate'] else 'every'} iterate of every attack")
 
 
@@ -209,8 +209,8 @@ def make_parser():
     option("--examples", False, action="store_true", result=False, help="draw attacked images (default: no)")
     option("--save-adv", metavar="DIR", result=False, help="keep the attacked images in DIR/<task>/*.npz: x "
            "(uint8), x_adv (fp32), image, label, adversarial (default: no)")
-    option("--export", metavar="DIR", result=False, help="write DIR/open_clip_model.safetensors, which "
-           "open_clip loads; --tasks none for that alone (default: no)")
+    option("--export", metavar="DIR", result=False, help="write weights and configuration for open_clip, and "
+           "for --model local-dir:DIR; --tasks none for that alone (default: no)")
     return parser
 
 

@@ -24,6 +24,7 @@ from attacks import image_keys, pgd
 from eval_zeroshot import attacked_examples, evaluate, evaluate_tasks
 from harness.options import ByModel, Parser, adaptation, add_shared_options, cadence, number
 from harness.processes import DTYPES, WORLD, rank0_first
+from harness.reports import ball
 from harness.training import TrainingRun
 from losses import LOSSES
 from model import ImageEncoder, adapt, check_adaptation, freeze, image_size, load_clip, unfreeze
@@ -74,7 +75,11 @@ option("--lr", lambda args: prompts_lr(args) if "prompt" in args.adapt else weig
        "toy: 0.014; adamw: 1e-05, toy: 0.0005; prompts: 40, toy: 10, adamw: 0.1)")
 option("--weight-decay", lambda args: 0. if args.optimizer == "sgd" else 1e-4, type=number(float, 0),
        help="of what trains (default: 0; adamw: 1e-4, FARE's)")
-option("--warmup", ByModel(1000, 25), type=number(int, 0), help="steps of linear warm-up, then cosine to 0")
+option("--warmup", type=number(int, 0), metavar="N", help="steps of linear warm-up, then cosine to 0 "
+       "(default: 1000, the paper's; toy: 25; at most a tenth of the run)")
+option("--init", metavar="FILE", path=True, help="train from the image encoder or visual prompts of this "
+       "checkpoint, ours or a published one (docs/checkpoints.md); --pretrained stays the original CLIP "
+       "(default: from that)")
 option("--eval-steps", 40, type=number(int, 1), help="PGD steps, of ε/4, for the two tables")
 option("--save-every", "5m", type=cadence, metavar="N|Nm", result=False, help="write ckpt.pt every N steps, "
        "or every N minutes; and at the end")
@@ -113,6 +118,7 @@ with run.refusing():
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.images)} images of "
                          f"{train.name}")
     schedule_steps = args.epochs * steps_per_epoch
+    warmup = min(ByModel(1000, 25)(args), schedule_steps // 10) if args.warmup is None else args.warmup
 
     clip, tokenizer = rank0_first(lambda: load_clip(args.model, args.pretrained, device, args.seed))
     encoder = ImageEncoder(clip, DTYPES[args.dtype])                        # F_θ: x [B,3,H,W] → z [B,D]
@@ -121,14 +127,13 @@ with run.refusing():
     torch.manual_seed(args.seed)                                            # of a linear head
     loss = LOSSES[args.loss].make(encoder, head, logit_scale)
     linear_head = {f"linear_head.{name}": p for name, p in loss.linear_head.named_parameters()}
-    run.claim(clip, train, min(schedule_steps, args.max_steps or schedule_steps),
-              compares_images=LOSSES[args.loss].batch)
+    run.claim(clip, train, schedule_steps, warmup, compares_images=LOSSES[args.loss].batch)
 
 # ------------------------------------------------------------------------------ the table before
 heads = {task.name: encode_head(clip, tokenizer, task.class_names, task.template)
          for task in [*tasks, *held_out]}
-attack = {"names": ["pgd"], "eps": args.eps / 255, "steps": args.eval_steps, "step_size": args.eps / 4 / 255,
-          "norm": args.norm, "seed": args.seed}
+attack = {"names": ["pgd"], "eps": args.eps / 255, "steps": args.eval_steps, "norm": args.norm,
+          "step_size": args.eps / min(4, args.eval_steps) / 255, "seed": args.seed}
 
 
 def zero_shot_table(label):
@@ -151,7 +156,8 @@ def pseudo_labels():
 
 run.print(f"{args.model} {args.pretrained or ''} on {device} in {args.dtype}, {WORLD} process(es). Adapting "
           f"on {train.name}: {len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, "
-          f"PGD-{args.steps}, {args.norm} ε = {args.eps:g}/255.")
+          f"PGD-{args.steps}, {ball(args.norm, args.eps / 255, args.step_size / 255)}; {schedule_steps:,} "
+          f"steps of training, {warmup:,} of warm-up.")
 before = run.table_before([*heads], lambda: zero_shot_table("CLIP"))
 examples = {"CLIP": attacked_examples(encoder, heads, logit_scale, tasks, attack)}
 if args.labels == "pseudo":
@@ -177,9 +183,9 @@ if args.compile:
 
 def lr_at(step):
     """The learning rate as a share of its peak: linear warm-up, then cosine to 0."""
-    if step < args.warmup:
-        return (step + 1) / args.warmup
-    return (1 + math.cos(math.pi * (step - args.warmup) / (schedule_steps - args.warmup))) / 2
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / (schedule_steps - warmup))) / 2
 
 
 # ------------------------------------------------------------------------------ training loop

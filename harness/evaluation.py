@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import re
+import sys
 import time
 import zlib
 from argparse import Namespace
@@ -17,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from harness import files
-from harness.options import ByModel, differences
+from harness.options import ByModel, differences, doubts
 from harness.processes import DTYPES, RANK, WORLD, environment, gathered, rank0
 from harness.reports import draw_examples, full_table, try_to_draw
 from kernels.pgd_step import to_float
@@ -87,6 +88,8 @@ class EvaluationRun:
         (self.out / "results.json").unlink(missing_ok=True)             # all of it is in the journal
         for word, how in self.missing.items():
             print(f"not evaluated: {word}: {how}")
+        for text in doubts(self.args):                  # now, and with the results
+            print(f"warning: {text}", file=sys.stderr, flush=True)
         if any(done.values()):
             count, total = sum(map(len, done.values())), sum(self.counts.values())
             print(f"going on: {count:,} of {total:,} images are done")
@@ -104,7 +107,8 @@ class EvaluationRun:
         self.records[task.name] = {record["image"]: record for record in records}
         if RANK == 0:
             left = [name for name in self.counts if name not in self.records]
-            results["warnings"] = [] if left else self.warning_of_a_plain_clip(results["mean"]["robust"])
+            results["warnings"] = doubts(self.args) + (
+                [] if left else self.warning_of_a_plain_clip(results["mean"]["robust"]))
             more = {"missing": self.missing, "unfinished": left, "warnings": results["warnings"]}
             files.write_json(self.out / "results.json", {
                 "config": vars(self.args) | environment(self.device), "protocol": self.protocol,

@@ -20,7 +20,7 @@ import kernels
 from harness.files import sha256
 from harness.processes import RANK, has_bf16
 from harness.trackers import tracker_names
-from model import ADAPTATIONS
+from model import ADAPTATIONS, CONFIG, LOCAL_DIR, weights_in
 from tasks.images import printable
 
 
@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
 
     def identity(self, args):
         """{option: value} of all in settled args that can change a result; files by their content."""
-        return {word: content(value) if word in self.paths else value
+        return {word: content(value, word) if word in self.paths or is_local(value) else value
                 for word, value in vars(args).items() if word not in self.harmless}
 
     def unusual(self, args, **known):
@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         def spelled(word):
             value = getattr(args, word)
             is_file = word in self.paths and os.path.isfile(str(value))
-            return spelled_path(value) if is_file else spelled_value(value)
+            return spelled_path(value, word) if is_file or is_local(value) else spelled_value(value)
         words = [spelled(word) for word in always if word != "seed"]
         words += [word.replace("_", "") + spelled(word) for word in self.unusual(args, **known)
                   if word not in (*always, *hidden)]
@@ -124,16 +124,32 @@ class Parser(argparse.ArgumentParser):
         return words
 
 
-def content(value):
-    """A path as an identity has it: of a file its name and the sha256 of its content."""
-    if value and os.path.isfile(value):
-        return f"{Path(value).name} {sha256(value)}"
+def is_local(value):
+    """Whether it is a model in a folder, open_clip's local-dir:PATH."""
+    return isinstance(value, str) and value.startswith(LOCAL_DIR)
+
+
+def digests(path, word):
+    """The sha256 of a file, or of the weights in local-dir:PATH; then, where it decides of a model's weights,
+    that of the open_clip_config.json beside them: a list."""
+    path = weights_in(path.removeprefix(LOCAL_DIR)) if is_local(path) else Path(path)
+    config = path.with_name(CONFIG)
+    read = word in ("model", "pretrained") and config.is_file()
+    return [sha256(path), *([sha256(config)] if read else [])]
+
+
+def content(value, word):
+    """A path as the identity has it, option `word`: of a file its name and what it holds."""
+    if is_local(value) or value and os.path.isfile(value):
+        return " ".join([Path(value).name, *digests(value, word)])
     return str(Path(value).resolve()) if value and os.path.isdir(value) else value
 
 
-def spelled_path(path):
-    """A file as a part of a folder's name."""
-    return f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', Path(path).stem)[:40]}-{sha256(path)[:8]}"
+def spelled_path(path, word):
+    """A file, or local-dir:PATH, as a part of a folder's name."""
+    stem = Path(path).name if is_local(path) else Path(path).stem
+    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "-", stem)[:40]
+    return "-".join([plain, *(digest[:8] for digest in digests(path, word))])
 
 
 def spelled_value(value):
@@ -162,6 +178,22 @@ def number(kind, least, strict=False, most=2**31):
             raise argparse.ArgumentTypeError(f"expected a number {above} {least}{below}, got {text}")
         return value
     parse.__name__ = kind.__name__                  # argparse names it when the text is no number at all
+    return parse
+
+
+def length(least, strict=False):
+    """A length in 1/255: a bare number; or N/R, which is N where pixels go from 0 to R: 8/255, or 0.5/1."""
+    plain = number(float, least, strict)
+
+    def parse(text):
+        above, slash, below = text.partition("/")
+        try:
+            # N * (255 / 255) is N to the bit; else 0.0313725490196/1 is 8 as well
+            times = 255 / float(below) if slash else 1
+            return plain(float(above) if times == 1 else float(f"{float(above) * times:.12g}"))
+        except (ValueError, ZeroDivisionError):
+            raise argparse.ArgumentTypeError(f"expected a number in 1/255, as 8, or with its unit, as 8/255 "
+                                             f"or 0.5/1, got {text}") from None
     return parse
 
 
@@ -201,15 +233,38 @@ def shares(text):
 def default_eps(args):
     """ε in 1/255: the paper's in linf; there is no usual one in l2."""
     if args.norm == "l2":
-        raise ValueError("--norm l2 needs --eps, in 1/255")
+        raise ValueError("--norm l2 needs --eps, such as 128/255, or 0.5/1 where pixels are in [0,1]")
     return ByModel(1., 11.)(args)
 
 
 def default_step_size(args, training):
-    """In 1/255: the paper's 1; the toy's, and any in l2, in proportion to ε."""
-    if args.model != "toy" and args.norm == "linf":
+    """In 1/255. Real models in linf: at ε = 1 the paper's 1, in training of 2 steps; with another ε or other
+    steps what reaches the ball's surface. The toy, and any model in l2: in proportion to ε."""
+    ours, eps = args.model == "toy" or args.norm == "l2", args.eps
+    if not eps:                                         # any will do
         return 1.
-    return 1.25 * args.eps / args.steps if training else args.eps / 4
+    if training:
+        return 1.25 * eps / args.steps if ours else eps * min(1.25, 2 / args.steps)
+    least = eps / min(4, args.steps)
+    return least if ours else max(least, min(1., eps))
+
+
+def doubts(args):
+    """What may not be meant in settled args' ε and step size, in words: a list."""
+    norm, eps, step, found = args.norm, args.eps, args.step_size, []
+    if 0 < eps < (.1 if norm == "linf" else 10):
+        found.append(f"--norm {norm} --eps {eps:g} is {eps:g}/255, or {eps / 255:.2g} in pixels of [0,1]; if "
+                     f"{eps:g} in pixels of [0,1] is meant, as in RobustBench, say --eps {eps:g}/1")
+    if norm == "linf" and eps >= 127.5:
+        found.append(f"--eps {eps:g}: within 127.5/255 every image can be made the same grey; an L2 length "
+                     "needs --norm l2")
+    if {"pgd", "cw"} & {*getattr(args, "attack", "pgd").split(",")}:
+        if args.steps * step < eps * (1 - 1e-9):
+            found.append(f"PGD cannot reach the surface of the ε-ball: --steps {args.steps} times "
+                         f"--step-size {step:g} is {args.steps * step:g}/255, and ε is {eps:g}/255")
+        if step > 2 * eps > 0:
+            found.append(f"--step-size {step:g} is more than the diameter of the ball, {2 * eps:g}/255")
+    return found
 
 
 def default_dtype(args, training):
@@ -223,7 +278,8 @@ def add_shared_options(parser, *, training):
     def on_gpu(args):
         return args.device.startswith("cuda")
     option = partial(parser.option, parser.add_argument_group("model"))
-    option("--model", lambda args: "toy", help="an open_clip name, hf-hub:ORG/REPO, or toy (default: toy)")
+    option("--model", lambda args: "toy", help="an open_clip name, local-dir:PATH, hf-hub:ORG/REPO, or toy "
+           "(default: toy)")
     option("--pretrained", lambda args: f"seed{args.seed}" if args.model == "toy" else None, path=True,
            help="an open_clip tag, a file, or none; for the toy: seedN, trained on first use")
     option = partial(parser.option, parser.add_argument_group("data"))
@@ -239,12 +295,13 @@ def add_shared_options(parser, *, training):
         f"attack in {'training' if training else 'evaluation'}"))
     option("--norm", lambda args: "linf", choices=("linf", "l2"), help="of the ε-ball; l2 wants --eps "
            "(default: linf)")
-    option("--eps", default_eps, type=number(float, 0), help="radius of the ball in 1/255 (default: 1; toy: "
-           "11)")
+    option("--eps", default_eps, type=length(0), metavar="N|N/R", help="radius of the ball: 8 or 8/255, in "
+           "1/255; 0.5/1, where pixels are in [0,1] (default: 1; toy: 11)")
     option("--steps", 2 if training else 100, type=number(int, 1), help="gradient steps")
-    option("--step-size", partial(default_step_size, training=training), type=number(float, 0, strict=True),
-           help="length of a step in 1/255 (default: 1, the paper's; toy and l2: "
-           f"{'1.25 ε / steps' if training else 'ε / 4'})")
+    option("--step-size", partial(default_step_size, training=training), type=length(0, strict=True),
+           metavar="N|N/R", help="length of a step, as --eps (default: " + (
+               "ε · 2 / steps, at most 1.25 ε; toy and l2: 1.25 ε / steps)" if training else
+               "1, at most ε and at least ε / 4; toy and l2: ε / 4; of few steps ε / steps)"))
     option = partial(parser.option, parser.add_argument_group("run"))
     option("--batch-size", ByModel(256, 64) if training else 256, type=number(int, 1), result=training,
            help="images, over all processes")

@@ -67,6 +67,14 @@ def signs_of_a_broken_evaluation(row, readable, right, half):
     return [text for shown, text in signs if shown]
 
 
+def ball(norm, eps, step_size, names=("pgd",), **_):
+    """The ε-ball, and the steps in it of those attacks among `names` whose length is given, in words. eps,
+    step_size: pixel fractions (linf) or L2 lengths."""
+    unit = f" ({eps:.3g} in pixels of [0,1])" * (norm == "l2")
+    steps = f", steps of {255 * step_size:g}/255" * bool({"pgd", "cw"} & {*names})
+    return f"{norm} ε = {255 * eps:g}/255{unit}{steps}"
+
+
 def at_chance(rows, warmup, batch_size, classes):
     """Whether the last hundred steps in a log's rows, all after the warm-up, recognise no more attacked
     images than 1/classes, by three standard deviations."""

@@ -3,6 +3,7 @@
 train_tecoa.py calls the methods of one TrainingRun in the order in which they stand here. A run that is
 killed at any time goes on to the same bits: what its checkpoint does not hold follows from seed and step.
 """
+import copy
 import os
 import shutil
 import signal
@@ -20,15 +21,16 @@ from tqdm import tqdm
 from harness import files, processes
 from harness.checkpoints import FORMAT, load_visual, read_checkpoint, save_checkpoint
 from harness.log import Log
-from harness.options import differences
+from harness.options import differences, doubts
 from harness.processes import DTYPES, LAUNCH, RANK, RESTARTS, WORLD, environment, gathered, rank0
-from harness.reports import at_chance, draw_curves, draw_examples, markdown_table, try_to_draw
+from harness.reports import at_chance, ball, draw_curves, draw_examples, markdown_table, try_to_draw
 from harness.trackers import Trackers
 from model import parts_of
 from tasks.loading import batches, on_device
 from tasks.sampling import fingerprint, training_order
 
 NAME = ("model", "loss", "adapt", "seed")               # what the name of every run says
+PROMPTS = {"image-prompt": "border", "token-prompt": "tokens"}          # {--adapt: name in ImageEncoder}
 
 
 class TrainingRun:
@@ -46,10 +48,14 @@ class TrainingRun:
                 raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
             if args.resume:
                 args, self.checkpoint = options_of_run(parser, args)
-            self.args, self.left_open = parser.settle(args), args.dtype is None
+            begun = self.checkpoint is not None and self.checkpoint["step"] > 0         # --init is not needed
+            self.start, known = start_of(args) if args.init and not begun else (None, {})
+            self.args, self.left_open = parser.settle(args, **known), args.dtype is None
             del self.args.resume, self.args.overwrite
-            self.out = Path(args.out or f"out/{parser.name(self.args, NAME)}")
+            self.out = Path(args.out or f"out/{parser.name(self.args, NAME, **known)}")
             self.args.out, self.identity = str(self.out), parser.identity(self.args)
+            if begun and args.init and not Path(args.init).exists():
+                self.identity["init"] = self.checkpoint["training"]["identity"].get("init")
             self.device = processes.start(self.args)
             self.look()
             self.trackers = Trackers(self.args.report_to)
@@ -113,11 +119,13 @@ class TrainingRun:
                 print("\nwarning: the sources have changed since then; --overwrite trains anew")
         processes.end()
 
-    def claim(self, clip, train, total_steps, *, compares_images):
+    def claim(self, clip, train, schedule_steps, warmup, *, compares_images):
         """Make the folder this run's alone, with a checkpoint to go on from. Ends the process if no step is
-        left. train: the Task adapted on. compares_images: the loss compares an image with the others of its
-        micro-batch, which must stay as they are. ValueError or OSError."""
-        self.clip, self.data, self.total_steps = clip, fingerprint(train), total_steps
+        left. train: the Task adapted on; schedule_steps, warmup: steps of the whole schedule, and of its
+        warm-up. compares_images: the loss compares an image with the others of its micro-batch, which must
+        stay as they are. ValueError or OSError."""
+        total_steps = min(schedule_steps, self.args.max_steps or schedule_steps)
+        self.clip, self.data, self.total_steps, self.warmup = clip, fingerprint(train), total_steps, warmup
         self.classes, self.per_epoch = len(train.class_names), len(train.images) // self.args.batch_size
         before = self.checkpoint or {"training": {}, "config": vars(self.args)}
         parts = len(before["training"].get("window", [0] * WORLD)), before["config"]["accumulate"]
@@ -132,11 +140,50 @@ class TrainingRun:
                              "for all machines")
         if self.first_step >= total_steps and files.read_json(self.out / "results.json"):
             self.show_finished()
+        if self.start and not self.first_step:
+            self.start = self.weights_of_start()
         rank0(self.take_folder)
+        self.warnings = doubts(self.args) + hopeless(self.args, total_steps, warmup)
+        if RANK == 0:
+            print_warnings(self.warnings)
         config = vars(self.args) | environment(self.device)
         rank0(lambda: self.trackers.start(self.out, config, self.first_step, bool(self.checkpoint)))
         if RANK > 0:
             self.log = Log(None, 0)
+
+    def weights_of_start(self):
+        """What --init begins with, checked: {name in the image encoder: tensor} and, under names of
+        `ImageEncoder`, visual prompts. The CLIP stays the original. ValueError."""
+        args, before = self.args, copy.deepcopy(self.clip.state_dict())
+        load_visual(self.clip, self.start, args.init)
+        start = copy.deepcopy(self.clip.state_dict())
+        self.clip.load_state_dict(before)
+        if not all(torch.equal(start[name], before[name]) for name in start if name[:7] != "visual."):
+            raise ValueError(f"--init {args.init} has another text encoder than --model {args.model} "
+                             f"--pretrained {args.pretrained}, which is the original CLIP: give a whole CLIP "
+                             "as --pretrained")
+        prompts = self.start.get("prompts", {})
+        lost = {*prompts} - {PROMPTS[method] for method in args.adapt.split(",") if method in PROMPTS}
+        if not lost and "border" in prompts:
+            inside = prompts["border"][:, :, args.border:-args.border, args.border:-args.border]
+            lost = {"border"} if inside.any() else set()
+        if "tokens" in prompts and len(prompts["tokens"]) != args.tokens:
+            lost.add("tokens")
+        if lost:
+            raise ValueError(f"--init {args.init} has visual prompts ({', '.join(sorted(lost))}) that do not "
+                             f"fit into --adapt {args.adapt}, its --border or its --tokens")
+        return {name: t for name, t in start.items() if name.startswith("visual.")} | prompts
+
+    def take_start(self):
+        """Put what --init begins with into the image encoder, and in place of the prompts that are drawn."""
+        for name, tensor in self.clip.state_dict().items():
+            if name in self.start:
+                tensor.copy_(self.start[name])
+        for name in [name for name in PROMPTS.values() if name in self.start]:
+            prompt = self.start[name]
+            if name == "border":
+                prompt = prompt[0].flatten(1)[:, self.encoder.frame.cpu()]
+            self.others[name].data.copy_(prompt)
 
     def take_folder(self):
         """Of process 0: lock it, and leave nothing in it that is of another run or of a later checkpoint."""
@@ -186,7 +233,9 @@ class TrainingRun:
         if self.first_step:
             with self.refusing():
                 window = self.restore()
-        self.checkpoint = None                          # as large as the model, or three times so
+        elif self.start:
+            self.take_start()
+        self.checkpoint = self.start = None             # as large as the model, or three times so
         # Sums since the last line of the log, and of this step: loss, right, images. A checkpoint has those
         # of each process; where there were others, process 0 takes them all.
         if len(window) != WORLD:
@@ -326,7 +375,7 @@ class TrainingRun:
             self.log.write({"step": step, "epoch": epoch, **row})
             self.trackers.tell("log", step, {f"train/{word}": value for word, value in row.items()})
             args = self.args
-            if not self.warned and at_chance(self.log.rows, args.warmup, args.batch_size, self.classes):
+            if not self.warned and at_chance(self.log.rows, self.warmup, args.batch_size, self.classes):
                 self.warned = True
                 self.warn(f"accuracy on attacked images at chance ({100 / self.classes:.2g} %) for 100 "
                           "steps: is --lr or --eps too large?")
@@ -409,7 +458,8 @@ class TrainingRun:
             facts = {"config": vars(self.args) | environment(self.device), "identity": self.identity,
                      "code": files.source_version(), "step": self.total_steps,
                      "trained": sum(p.numel() for p in self.trainable.values())}
-            after = facts | ({"skipped": self.skipped} if self.skipped else {}) | after
+            more = {"skipped": self.skipped, "warnings": self.warnings}
+            after = facts | {word: value for word, value in more.items() if value} | after
             files.write_json(self.out / "results.json", after)
             self.print_tables(before, after)
             self.trackers.report(self.total_steps, after)
@@ -423,9 +473,33 @@ class TrainingRun:
     def print_tables(self, before, after):
         config = after["config"]
         if after["tasks"]:
-            print(f"\nPGD-{config['eval_steps']}, {config['norm']} ε = {config['eps']:g}/255\n")
+            steps, eps = config["eval_steps"], config["eps"] / 255
+            print(f"\nPGD-{steps}, {ball(config['norm'], eps, eps / min(4, steps))}\n")
             tables = ({"CLIP": before} if before else {}) | {config["loss"]: after}
             print(markdown_table(tables, after.get("adapted", ())))
+        print_warnings(after.get("warnings", ()))
+
+
+def start_of(args):
+    """(the checkpoint of --init, what it decides of the options that are left open). ValueError."""
+    start = read_checkpoint(args.init, args.model)
+    known = {word: start[word] for word in ("model", "pretrained")}
+    # a whole CLIP is its own original
+    return start, known | ({"pretrained": args.init} if "text_state" in start else {})
+
+
+def hopeless(args, total_steps, warmup):
+    """What keeps a run from training, in words: a list."""
+    found = [] if args.lr else ["--lr 0: nothing is trained"]
+    if total_steps <= warmup:
+        found.append(f"the run ends after {total_steps:,} steps, inside its warm-up of {warmup:,}: the "
+                     f"learning rate gets to {100 * total_steps / warmup:.3g} % of --lr")
+    return found
+
+
+def print_warnings(texts):
+    for text in texts:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def options_of_run(parser, args):

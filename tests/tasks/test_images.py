@@ -15,9 +15,10 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from writers import alarm, encoded, png, write_shards
 
+from tasks.contents import fingerprint
 from tasks.images import EXTENSIONS, Images, Unreadable, one_line, rgb, say_once, to_pixels
 from tasks.make_cache import make_cache
-from tasks.sampling import fingerprint, labels_of
+from tasks.sampling import labels_of
 from tasks.task import Task, load_task
 
 no_hanging = pytest.fixture(alarm, autouse=True)

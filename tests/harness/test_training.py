@@ -411,6 +411,8 @@ def test_a_table_of_other_tasks_is_not_taken_over(tmp_path):
     assert run.table_before(["b", "a"], None)["tasks"] == {"a": {}}
     assert run.table_before(["b"], lambda: made) == made
     assert json.loads((tmp_path / "results_before.json").read_text())["tasks"] == {"b": {}}
+    run.data = ["of train", "of other images of b", "of a"]
+    assert run.table_before(["b"], lambda: made | {"new": True})["new"]
     (tmp_path / "results_before.json").write_text("half a fi")
     assert run.table_before(["b"], lambda: made) == made
     run.checkpoint = None                                   # a new run takes none

@@ -147,7 +147,7 @@ def test_sets_that_came_or_went_under_the_data_root(photos, tmp_path):
     out, tasks = tmp_path / "out", f"digits,folder:{photos}"
     evaluation(photos, out, "--tasks", tasks, "--limit", 4)
     rows = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
-    results, whole = json.loads((out / "results.json").read_text()), contents(out)
+    results = json.loads((out / "results.json").read_text())
 
     def rewrite(spelled, sets):
         """As if --tasks all had found these sets."""
@@ -162,7 +162,7 @@ def test_sets_that_came_or_went_under_the_data_root(photos, tmp_path):
     assert f"an evaluation of folder:{photos} too, which is not found here" in refused
     rewrite(tasks, [f"folder:{photos}"])
     assert "going on: 4 of 8" in evaluation(photos, out, "--tasks", tasks, "--limit", 4)
-    assert (out / "images.jsonl").read_bytes().count(b"crc32") == whole["images.jsonl"][1].count(b"crc32") == 8
+    assert (out / "images.jsonl").read_bytes().count(b"crc32") == 8
 
 
 # ------------------------------------------------------------------------------ training
@@ -195,6 +195,8 @@ def test_training_goes_on_and_is_shown_with_the_same_images_alone(forks, photos,
         assert "Going on after step 2" in run(folder, "--resume", kind=kind)
         assert_same(out, whole)
 
+    shutil.rmtree(out)
+    shutil.copytree(whole, out)
     # a pixel of an image that is in the sample, as all are of so few
     victim = copy / "train" / "red" / "4.png"
     change_one_pixel(victim)

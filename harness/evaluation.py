@@ -169,6 +169,7 @@ class EvaluationRun:
         if RANK > 0:
             return results["mean"]
         if self.finished is None:
+            self.journal.close()                        # Windows replaces no open file
             write_journal(self.out, self.identity, self.images, self.records)
             os.close(self.locked)
         print(f"\n{label} under {self.protocol}\n\n{full_table(results)}\n")

@@ -110,6 +110,7 @@ def make_cache(dataset, out, *, size=224, data_root=None, workers=0):
                 np.savez(index_file, **index)
                 index_file.flush()
                 os.fsync(index_file.fileno())
+            file.close()                        # Windows renames no open file
             os.replace(temporary, out)          # last: FILE is there when all of it is
     except BlockingIOError:
         raise ValueError(f"another process is writing {temporary}") from None

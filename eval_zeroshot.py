@@ -136,8 +136,8 @@ def evaluate(encoder, head, logit_scale, task, options, *, batch_size, workers=0
     encoder: x [B,3,H,W] → z [B,D]; head: [K,D]; options: of `run_attacks`. A record's keys: image (its
     number), label, clean (the class predicted, −1: NaN); if that is right also adversarial (likewise, of the
     attacked image), by (the attack that broke it, or None), at, passes, zero, uphill as in `run_attacks`; for
-    some that gradient attacks left standing, if `probe`, probe (whether a short Square breaks them, which
-    leads to a warning and counts for nothing else). An image that cannot be read has image and error alone.
+    some that gradient attacks left standing, if `probe`, probe (whether a short Square breaks them: counts
+    for a warning alone); if `keep`, crc32 of its pixels. One that cannot be read has image and error alone.
     done: {number: record} of an earlier run. keep(task, records, tensors): called after each batch."""
     numbers, records = image_numbers(task), dict(done or {})
     share = partial(shared, task=task, batch_size=batch_size, workers=workers, device=head.device, keep=keep)

@@ -88,7 +88,20 @@ option("--max-nonfinite", 1, type=number(int, 1), metavar="N", result=False, hel
 option("--resume", nargs="?", const="", metavar="RUN", result=False, help="go on with the run in this "
        "folder, or from its checkpoint; alone: with the run of this command line, if it has begun (default: "
        "a new run)")
-run = TrainingRun(parser)
+
+
+def load_data(args):
+    """(the Task to adapt on, [those to evaluate on], [held-out images of the first, if not among these])."""
+    where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root,
+             "limit": args.limit}
+    tasks = [load_task(name, "val", **where) for name in task_names(args.tasks, args.dataset, args.data_root)]
+    train = load_task(args.dataset, "train", **where)
+    train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
+    seen = not tasks or train.name in [task.name for task in tasks]
+    return train, tasks, [] if seen else [load_task(args.dataset, "val", **where)]
+
+
+run = TrainingRun(parser, load_data)
 args, device = run.args, run.device                     # settled: nothing below changes them
 
 # ------------------------------------------------------------------------------ data, model, loss
@@ -104,14 +117,8 @@ with run.refusing():
                          f"in {args.accumulate} micro-batch(es) each")
     if LOSSES[args.loss].batch and args.batch_size == WORLD * args.accumulate:
         raise ValueError(f"--loss {args.loss} contrasts the images of a batch: one alone has no others")
-    where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root,
-             "limit": args.limit}
     check_adaptation(args.adapt.split(","), args.model, last_blocks=args.last_blocks, border=args.border)
-    tasks = [load_task(name, "val", **where) for name in task_names(args.tasks, args.dataset, args.data_root)]
-    train = load_task(args.dataset, "train", **where)
-    train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
-    seen = not tasks or train.name in [task.name for task in tasks]
-    held_out = [] if seen else [load_task(args.dataset, "val", **where)]
+    train, tasks, held_out = load_data(args)
     # the ragged last batch is left out
     steps_per_epoch = len(train.images) // args.batch_size
     if not steps_per_epoch:
@@ -127,7 +134,8 @@ with run.refusing():
     torch.manual_seed(args.seed)                                            # of a linear head
     loss = LOSSES[args.loss].make(encoder, head, logit_scale)
     linear_head = {f"linear_head.{name}": p for name, p in loss.linear_head.named_parameters()}
-    run.claim(clip, train, schedule_steps, warmup, compares_images=LOSSES[args.loss].batch)
+    run.claim(clip, train, [*tasks, *held_out], schedule_steps, warmup,
+              compares_images=LOSSES[args.loss].batch)
 
 # ------------------------------------------------------------------------------ the table before
 heads = {task.name: encode_head(clip, tokenizer, task.class_names, task.template)

@@ -72,10 +72,12 @@ def save_checkpoint(path, clip, config, **more):
         if path.exists():
             keep_as(previous, path)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
         with suppress(OSError):                         # the names on the disk too, where that can be done
-            os.fsync(folder)
-        os.close(folder)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         if "DataLoader" in str(error):
@@ -101,7 +103,7 @@ def keep_as(previous, path):
         os.link(path, link)
         os.replace(link, previous)
         link.unlink(missing_ok=True)                    # still there if a kill just here made both one file
-    except OSError:                                     # a file system without links
+    except (OSError, AttributeError):                   # a file system or a system without links
         os.replace(path, previous)
 
 

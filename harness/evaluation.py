@@ -3,7 +3,6 @@
 After each batch each process appends to its own journal, images.jsonl or images-<rank>.jsonl: first a line
 that says what is evaluated, then one for each image. A killed evaluation goes on from them; a finished one
 leaves images.jsonl, of which results.json is the summary."""
-import fcntl
 import json
 import os
 import re
@@ -18,13 +17,14 @@ import numpy as np
 from tqdm import tqdm
 
 from harness import files
-from harness.options import ByModel, differences, doubts
+from harness.options import ByModel, differences, doubts, placeless
 from harness.processes import DTYPES, RANK, WORLD, environment, gathered, rank0
 from harness.reports import draw_examples, full_table, try_to_draw
 from kernels.pgd_step import to_float
 from tasks.benchmarks import present
+from tasks.contents import about, differing, other_contents, other_labels, stamp
 from tasks.loading import Batch, batches, on_device
-from tasks.sampling import fingerprint
+from tasks.locks import lock_folder
 from tasks.task import image_numbers, load_task, task_names
 
 
@@ -40,8 +40,10 @@ class EvaluationRun:
         self.out = folder(parser, args, known)
         self.save_adv = Path(args.save_adv) if args.save_adv else None
         self.identity = json.loads(json.dumps(parser.identity(args) | {"code": files.source_version()}))
-        self.images = {task.name: fingerprint(task) for task in tasks}
+        self.tasks = {task.name: task for task in tasks}
+        self.images = rank0(lambda: {task.name: about(task) | {"stamp": stamp(task)} for task in tasks})
         self.counts, self.records = {task.name: len(task.images) for task in tasks}, {}
+        self.compared, self.notes = {}, []
         self.done, self.finished = rank0(self.look)
 
     def look(self, remove=False):
@@ -53,20 +55,61 @@ class EvaluationRun:
             identity, images, done = read_journal(self.out)
             results = files.read_json(self.out / "results.json") or {}
             end = "--out DIR writes elsewhere, --overwrite replaces it"
-            if identity != self.identity:
-                wrong = differences(identity or {}, self.identity)
+            wrong = differences(identity or {}, self.identity)
+            if wrong or not identity:
                 raise ValueError(f"{self.out} holds an evaluation{f', with {wrong}' * bool(identity)}: {end}")
-            changed = [name for name in done if images.get(name) != self.images.get(name)]
-            if changed:
-                raise ValueError(f"the images of {', '.join(changed)} are not those that {self.out} was "
-                                 f"begun with: {end}")
+            images, done, results = self.moved(images, done, results)
+            rows = results.get("tasks", {})
+            gone = [name for name in {**done, **rows} if name not in self.images]
+            if gone:
+                raise ValueError(f"{self.out} holds an evaluation of {', '.join(gone)} too, which is not "
+                                 f"found here: {end}")
+            for name in {**done, **rows}:
+                changed = self.changes(name, images.get(name), done.get(name, {}), rows.get(name))
+                if changed:
+                    raise ValueError(f"the images of {name} are not those that {self.out} was begun with: "
+                                     f"{changed}; {end}")
         if self.save_adv:
             done = {name: without_unsaved(self.save_adv, name, done.get(name, {}), self.identity, remove)
                     for name in self.counts}
         whole = results and "unfinished" not in results and all(
-            len(done.get(name, ())) + results["tasks"][name]["left_out"] == count
+            name in results["tasks"] and len(done.get(name, ())) + results["tasks"][name]["left_out"] == count
             for name, count in self.counts.items())
         return done, results if whole else None
+
+    def moved(self, images, done, results):
+        """The same, of an earlier call, under the names that sets have here if they lie elsewhere now."""
+        old, new = ([name for name in names if name not in others]
+                    for names, others in ((images, self.images), (self.images, images)))
+        called = {name: other for name, other in zip(old, new)
+                  if placeless("tasks", name) == placeless("tasks", other)}
+        images, done = ({called.get(name, name): value for name, value in found.items()}
+                        for found in (images, done))
+        if results:
+            results = results | {"tasks": {called.get(name, name): row
+                                           for name, row in results["tasks"].items()}}
+        return images, done, results
+
+    def changes(self, name, before, records, row):
+        """In words, how the images of a task differ from those of an earlier call; "" if they do not.
+
+        before: what its journal says of them; records: of those evaluated; row: of results.json, or None.
+        Files with the same paths, sizes and times are the same. All others are read and compared."""
+        task, now = self.tasks[name], self.images[name]
+        if not isinstance(before, dict):
+            self.notes.append(f"{name}: whether its images have changed since is not known, for the lack of "
+                              "checksums")
+            return ""
+        known = {number: record for number, record in records.items() if "label" in record}
+        whole = row is not None and len(known) + row["left_out"] == len(task.images)
+        words = (differing(task, {word: before[word] for word in before if word != "stamp"}, now)
+                 or other_labels(task, known))
+        same = before["stamp"], len(known), whole
+        unread = not now["stamp"] or before["stamp"] != now["stamp"]
+        if not words and unread and self.compared.get(name) != same:
+            words = other_contents(task, known, whole, self.args.workers)
+            self.compared[name] = same
+        return ", ".join(words)
 
     def begin(self):
         """Lock the folder, and open this process's journal. ValueError or OSError: somebody else is in it."""
@@ -130,6 +173,7 @@ class EvaluationRun:
         if RANK > 0:
             return results["mean"]
         if self.finished is None:
+            self.journal.close()                        # Windows replaces no open file
             write_journal(self.out, self.identity, self.images, self.records)
             os.close(self.locked)
         print(f"\n{label} under {self.protocol}\n\n{full_table(results)}\n")
@@ -140,6 +184,8 @@ class EvaluationRun:
                 print(f"left out of {name}: {error}")
         for text in results.get("warnings", ()):
             print(f"warning: {text}")
+        for text in dict.fromkeys(self.notes):
+            print(f"note: {text}")
         if pictures:
             label = Path(self.args.ckpt or self.args.model).stem
             pictures = try_to_draw(draw_examples, self.out / "examples.png", {label: pictures}, self.args.eps)
@@ -155,8 +201,12 @@ def folder(parser, args, known):
         return Path(args.out)
     name = parser.name(args, () if args.ckpt else ("model", "pretrained"), hidden=("ckpt",), **known)
     stem = Path(args.ckpt or "").stem.removeprefix("ckpt").strip("-")[:60]
-    parent = Path(args.ckpt).parent if args.ckpt else Path("out")
-    return parent / "-".join(filter(None, ["eval", stem, name]))
+    name = "-".join(filter(None, ["eval", stem, name]))
+    # a file's name may have 255 bytes, and a character of the stem up to four
+    whole = os.fsencode(name)
+    if len(whole) > 240:
+        name = f"{whole[:180].decode(errors='ignore')}-{zlib.crc32(whole):08x}"
+    return (Path(args.ckpt).parent if args.ckpt else Path("out")) / name
 
 
 def dtype_of(out):
@@ -255,6 +305,9 @@ def shared(judge, task, positions, *, batch_size, workers, device, keep=None, ba
     mine, size, left = [], max(1, batch_size // WORLD), len(positions)
     for batch in on_device(batches(task, positions[RANK::WORLD], size, workers, bad="leave out"), device):
         records, tensors = judge(batch) if len(batch.y) else ([], {})
+        if keep is not None:                            # by which a later call knows these images again
+            for record, x in zip(records, batch.x.cpu().numpy()):
+                record["crc32"] = zlib.crc32(x)
         records += [{"image": image, "error": error} for image, error in batch.errors]
         if keep is not None:
             keep(task, records, tensors)
@@ -270,20 +323,15 @@ def shared(judge, task, positions, *, batch_size, workers, device, keep=None, ba
 # ------------------------------------------------------------------------------ the folder's files
 def lock(out):
     """Keep others out of a folder until the file descriptor returned is closed. ValueError: one is in."""
-    folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_folder(out)
     except BlockingIOError:
-        os.close(folder)
         raise ValueError(f"another evaluation is writing to {out}") from None
-    except OSError:                                     # some network file systems lock no folders
-        pass
-    return folder
 
 
 def read_journal(out):
-    """(identity, {task: fingerprint of its images}, {task: {image: record}}) that out/images*.jsonl hold, of
-    an evaluation that was killed or finished; identity None: there is none."""
+    """(identity, {task: what is known of its images}, {task: {image: record}}) that out/images*.jsonl hold,
+    of an evaluation that was killed or finished; identity None: there is none."""
     identity, images, done = None, {}, {}
     for path in sorted(out.glob("images*.jsonl"), key=lambda path: path.name != "images.jsonl"):
         here = None
@@ -311,9 +359,12 @@ def write_journal(out, identity, images, done):
 
 
 def adversarial_folder(root, task):
-    """Where --save-adv keeps the images of a task, whose name may be a path but must not lead out of root."""
+    """Where --save-adv keeps the images of a task, whose name may be a path of any length but must not lead
+    out of root."""
     plain = re.sub(r"[^\w-]+", "-", task)
-    return root / (plain if plain == task else f"{plain.strip('-')}-{zlib.crc32(task.encode()):08x}")
+    if plain == task and len(os.fsencode(plain)) < 200:
+        return root / plain
+    return root / f"{plain[-40:].strip('-')}-{zlib.crc32(os.fsencode(task)):08x}"
 
 
 def save_adversarial(root, task, tensors, identity):
@@ -336,7 +387,7 @@ def without_unsaved(root, task, records, identity, remove):
         images = set()
         if path.suffix == ".npz":
             with np.load(path) as arrays:
-                if json.loads(str(arrays["evaluation"])) != identity:
+                if differences(json.loads(str(arrays["evaluation"])), identity):
                     raise ValueError(f"{folder} holds images of another evaluation: give another --save-adv")
                 images = {*arrays["image"].tolist()}
         if images and images <= records.keys():

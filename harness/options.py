@@ -24,6 +24,10 @@ from model import ADAPTATIONS, CONFIG, LOCAL_DIR, weights_in
 from tasks.images import printable
 
 
+# names of data sets that say where they lie
+PLACES = re.compile(r"(?<![^,])((folder|wds|cache):[^,]*|imagenet)(?![^,])")
+
+
 class ByModel(NamedTuple):
     """A default that is one value for real models, the paper's, and another for the toy."""
     real: float
@@ -161,9 +165,19 @@ def spelled_value(value):
     return text if text == plain else f"{plain[-40:].strip('-')}-{zlib.crc32(os.fsencode(text)):08x}"
 
 
+def placeless(word, value):
+    """An option's value but for where data lie, which makes no other result: what lies there is compared
+    itself, by its contents."""
+    if word == "data_root":
+        return None
+    return PLACES.sub("images", str(value)) if word in ("dataset", "tasks") else value
+
+
 def differences(one, other, ignoring=()):
-    """In words, which options of two identities differ: "--lr 0.1 (here 0.2), …"; "" if none."""
-    words = sorted(word for word in {*one, *other} - {*ignoring} if one.get(word) != other.get(word))
+    """In words, which options of two identities differ: "--lr 0.1 (here 0.2), …"; "" if none. Data may lie
+    elsewhere: see `placeless`."""
+    words = sorted(word for word in {*one, *other} - {*ignoring}
+                   if placeless(word, one.get(word)) != placeless(word, other.get(word)))
     called = {word: "sources" if word == "code" else f"--{word.replace('_', '-')}" for word in words}
     return ", ".join(f"{called[word]} {one.get(word)} (here {other.get(word)})" for word in words)
 

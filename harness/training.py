@@ -26,8 +26,9 @@ from harness.processes import DTYPES, LAUNCH, RANK, RESTARTS, WORLD, environment
 from harness.reports import at_chance, ball, draw_curves, draw_examples, markdown_table, try_to_draw
 from harness.trackers import Trackers
 from model import parts_of
+from tasks.contents import differing, fingerprint
 from tasks.loading import batches, on_device
-from tasks.sampling import fingerprint, training_order
+from tasks.sampling import training_order
 
 NAME = ("model", "loss", "adapt", "seed")               # what the name of every run says
 PROMPTS = {"image-prompt": "border", "token-prompt": "tokens"}          # {--adapt: name in ImageEncoder}
@@ -37,10 +38,13 @@ class TrainingRun:
     """One run of train_tecoa.py, in one of its processes: args, settled; device; out, its folder;
     first_step, the step to begin with, 0 in a new run."""
 
-    def __init__(self, parser):
+    def __init__(self, parser, load_data):
         """Parse the command line, join the other processes, look into the folder. Ends the process where the
-        run is finished, with its table, and where something else is there, with one line and status 2."""
+        run is finished, with its table, and where something else is there, with one line and status 2.
+
+        load_data(args): (the Task to adapt on, [those to evaluate on], [held-out images of the first])."""
         processes.begin()
+        self.load_data = load_data
         self.parser, self.refusing, args = parser, parser.refusing, parser.parse_args()
         self.again, self.overwrite, self.checkpoint = args.resume is not None, args.overwrite, None
         with self.refusing():
@@ -73,10 +77,11 @@ class TrainingRun:
         if self.left_open:
             self.args.dtype = rank0(lambda: self.dtype_of_the_run(results))
             self.identity = self.identity | {"dtype": self.args.dtype}
-        finished = isinstance(results, dict) and results.get("identity") == self.identity
+        there = results.get("identity") if isinstance(results, dict) else None
+        finished = isinstance(there, dict) and not differences(there, self.identity)
         if finished and not self.overwrite and (
                 not self.checkpoint or self.checkpoint["step"] == results["step"]):
-            self.show_finished()
+            self.show_finished(elsewhere=there != self.identity)
         if not self.checkpoint:
             rank0(self.refuse_to_overwrite)
             return
@@ -108,33 +113,64 @@ class TrainingRun:
         except ValueError:
             return -1
 
-    def show_finished(self):
-        """Print the table of the run that is there, and end the process."""
+    def show_finished(self, elsewhere=False):
+        """Print the table of the run that is there, and end the process. elsewhere: the command line names
+        other places for the data than the run. ValueError: there are other images at those."""
+        after = rank0(lambda: files.read_json(self.out / "results.json"))
+        changed = rank0(lambda: self.changes_since(after))
+        if changed and elsewhere:
+            raise ValueError(f"{self.out} holds a finished run; at other places than its own for the images, "
+                             f"{changed}; --out DIR writes elsewhere, --overwrite replaces it")
         if RANK == 0:
-            after = files.read_json(self.out / "results.json")
             print(f"{self.out} is finished, after step {after['step']:,}: this is its table, nothing was "
                   "computed")
             self.print_tables(files.read_json(self.out / "results_before.json"), after)
             if after["code"] != files.source_version():
                 print("\nwarning: the sources have changed since then; --overwrite trains anew")
+            if changed:
+                print(f"\nwarning: {changed}")
         processes.end()
 
-    def claim(self, clip, train, schedule_steps, warmup, *, compares_images):
+    def changes_since(self, results):
+        """In words, how the images of a finished run have changed since, or why that is not known; or ""."""
+        before = results.get("data")
+        if not before:
+            return ("whether its images have changed since is not known: it was written before that was "
+                    "recorded")
+        if all(found["drawn"] for found in before):
+            return ""                                   # by the sources
+        try:
+            train, *others = self.load_data(self.args)
+        except (ValueError, OSError) as error:
+            return f"whether its images have changed since is not known: {error}"
+        tasks = [train, *sum(others, [])]
+        if len(tasks) != len(before):
+            return f"its images have changed since: they were of {len(before)} sets, now of {len(tasks)}"
+        words = [f"{task.name}: {', '.join(found)}" for task, old in zip(tasks, before)
+                 if (found := differing(task, old, fingerprint(task)))]
+        return f"its images have changed since then: {'; '.join(words)}" if words else ""
+
+    def claim(self, clip, train, others, schedule_steps, warmup, *, compares_images):
         """Make the folder this run's alone, with a checkpoint to go on from. Ends the process if no step is
-        left. train: the Task adapted on; schedule_steps, warmup: steps of the whole schedule, and of its
-        warm-up. compares_images: the loss compares an image with the others of its micro-batch, which must
-        stay as they are. ValueError or OSError."""
+        left. train: the Task adapted on; others: those evaluated on; schedule_steps, warmup: steps of the
+        whole schedule, and of its warm-up. compares_images: the loss compares an image with the others of its
+        micro-batch, which must stay as they are. ValueError or OSError."""
         total_steps = min(schedule_steps, self.args.max_steps or schedule_steps)
-        self.clip, self.data, self.total_steps, self.warmup = clip, fingerprint(train), total_steps, warmup
+        self.clip, self.total_steps, self.warmup = clip, total_steps, warmup
+        self.data = rank0(lambda: [fingerprint(task) for task in (train, *others)])
         self.classes, self.per_epoch = len(train.class_names), len(train.images) // self.args.batch_size
         before = self.checkpoint or {"training": {}, "config": vars(self.args)}
         parts = len(before["training"].get("window", [0] * WORLD)), before["config"]["accumulate"]
         if compares_images and parts != (WORLD, self.args.accumulate):
             raise ValueError(f"--loss {self.args.loss} contrasts the images of a micro-batch: go on in "
                              f"{parts[0]} process(es), with --accumulate {parts[1]}")
-        if before["training"].get("data", self.data) != self.data:
-            raise ValueError(f"the images of {self.args.dataset} are not those that the run in {self.out} "
-                             "began with")
+        data = before["training"].get("data")
+        if isinstance(data, str):
+            self.print(f"note: whether the images of {train.name} are those that the run began with is not "
+                       "known: its checkpoint was written before their contents were recorded")
+        elif data and (changed := differing(train, data, self.data[0])):
+            raise ValueError(f"the images of {train.name} are not those that the run in {self.out} began "
+                             f"with: {', '.join(changed)}; --out DIR begins another, --overwrite replaces it")
         if len({*gathered(self.first_step)}) > 1:
             raise ValueError(f"the processes see different checkpoints in {self.out}: it must be one folder "
                              "for all machines")
@@ -210,11 +246,13 @@ class TrainingRun:
         """The table in results_before.json, of the tasks `names`: as this run has made it, or make()."""
         path = self.out / "results_before.json"
         known = rank0(lambda: files.read_json(path)) if self.checkpoint else None
-        if known and {*known["tasks"], *known.get("adapted", ())} == {*names}:
+        if known and {*known["tasks"], *known.get("adapted", ())} == {*names} and (
+                known.get("data", self.data[1:]) == self.data[1:]):
             return known
         results = make()
         if RANK == 0:
-            files.write_json(path, {"config": vars(self.args) | environment(self.device), **results})
+            files.write_json(path, {"config": vars(self.args) | environment(self.device),
+                                    "data": self.data[1:], **results})
         return results
 
     def once(self, name, make):
@@ -416,7 +454,7 @@ class TrainingRun:
         window = gathered(self.sums.tolist())
         if RANK == 0:
             prompts = self.encoder.prompts()
-            training = {"identity": self.identity, "data": self.data, "window": window,
+            training = {"identity": self.identity, "data": self.data[0], "window": window,
                         "skipped": self.skipped, "kept": self.kept, "optimizer": self.optimizer.state_dict(),
                         "others": {name: p.detach().cpu() for name, p in self.others.items()}}
             try:
@@ -456,7 +494,7 @@ class TrainingRun:
         end the process. before, after: of `evaluate_tasks`; examples: {label: of `attacked_examples`}."""
         if RANK == 0:
             facts = {"config": vars(self.args) | environment(self.device), "identity": self.identity,
-                     "code": files.source_version(), "step": self.total_steps,
+                     "code": files.source_version(), "data": self.data, "step": self.total_steps,
                      "trained": sum(p.numel() for p in self.trainable.values())}
             more = {"skipped": self.skipped, "warnings": self.warnings}
             after = facts | {word: value for word, value in more.items() if value} | after
@@ -522,8 +560,8 @@ def read_run(path):
     before it is named, if that is whole."""
     path = Path(path)
     previous = path.with_name("ckpt-previous.pt")
-    kinds = {"identity": dict, "data": str, "optimizer": dict, "others": dict, "window": list, "skipped": int,
-             "kept": dict}
+    kinds = {"identity": dict, "data": dict | str, "optimizer": dict, "others": dict, "window": list,
+             "skipped": int, "kept": dict}
     try:
         checkpoint = read_checkpoint(path)
         training = checkpoint.get("training")

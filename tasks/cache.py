@@ -42,7 +42,8 @@ def open_cache(path):
 def damaged(path, offset, index):
     """The images in the file that do not have the crc32 of the index: (their numbers, a line about them)."""
     with open(path, "rb") as file, tqdm(index["crc32"].tolist(), desc="verify", unit="image") as bar:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)   # read the disk, not memory's copy
+        if hasattr(os, "posix_fadvise"):       # read the disk, not memory's copy
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(offset)
         count = 3 * int(index["size"]) ** 2
         bad = [i for i, crc32 in enumerate(bar) if zlib.crc32(file.read(count)) != crc32]
@@ -64,6 +65,7 @@ class Cache(ImageSet):
         self.file, self.size, self.offset = path, size, images.offset + start * 3 * size * size
         self.labels, self.paths, self.crc32 = (
             index[name][start:start + self.count] for name in ("labels", "paths", "crc32"))
+        self.containers = path, f"{path}.index.npz"
         self.class_names, self.template = index[f"{split}_class_names"].tolist(), str(index["template"])
 
     def where(self, index):

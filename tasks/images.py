@@ -60,7 +60,8 @@ def retry_io(read, *words):
 
 def read_file(path, count=None, offset=0):
     """A file, or `count` bytes from `offset` on, as a bytearray. OSError; ValueError: no file, too long."""
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)    # waits for no pipe's other end
+    # waits for no pipe's other end; Windows, where there are none, translates line ends if not told
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         status, done = os.fstat(file), 0
         if not stat.S_ISREG(status.st_mode):
@@ -69,12 +70,14 @@ def read_file(path, count=None, offset=0):
         if count > MOST_BYTES:
             raise ValueError(f"{count:,} bytes are too many for an image")
         content = bytearray(count)
+        os.lseek(file, offset, os.SEEK_SET)
         while done < count:     # where the disk fails, a map of the file would end in SIGBUS
-            read = os.preadv(file, [memoryview(content)[done:]], offset + done)
+            read = os.read(file, count - done)
             if not read:
                 end = offset + done
                 raise ValueError(f"cut short: the file ends at byte {end:,}, not {offset + count:,}")
-            done += read
+            content[done:done + len(read)] = read
+            done += len(read)
         return content
     finally:
         os.close(file)
@@ -201,6 +204,7 @@ class Shards(ImageSet):
     any order; workers share nothing. ValueError, in one line, for a damaged tar: a part is no accuracy."""
     def __init__(self, tars, size, native=False):
         self.tars, self.to_pixels = tars, to_pixels(size, native)
+        self.containers = tars
         self.names, spans = [], []      # int64 [count, 5]: the tar; the image's offset and bytes; its label's
         for number, path in enumerate(tars):
             samples = {}

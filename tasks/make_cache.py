@@ -1,5 +1,4 @@
 """Decode every image of a data set once, into a file to use as cache:FILE (`python data.py cache`)."""
-import fcntl
 import os
 import shutil
 import sys
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from tasks.cache import FORMAT, RECORD, damaged, open_cache
 from tasks.images import Folder
 from tasks.loading import batches
+from tasks.locks import lock_file
 from tasks.task import image_root, load_task, split_folder
 
 BATCH = 128             # images that are decoded, written and recorded at a time
@@ -96,7 +96,7 @@ def make_cache(dataset, out, *, size=224, data_root=None, workers=0):
     temporary.touch()
     try:
         with open(marker, "a+b", buffering=0) as records, open(temporary, "r+b") as file:
-            fcntl.lockf(records, fcntl.LOCK_EX | fcntl.LOCK_NB)     # of this process, not of its workers
+            lock_file(records)
             counts = " + ".join(f"{count:,} {split}" for count, split in zip(index["counts"], index["parts"]))
             print(f"{dataset}: {counts} images of {size}×{size} pixels, {needed / 1e9:,.3f} GB", flush=True)
             offset = decode(task, index, file, records, workers)
@@ -110,6 +110,7 @@ def make_cache(dataset, out, *, size=224, data_root=None, workers=0):
                 np.savez(index_file, **index)
                 index_file.flush()
                 os.fsync(index_file.fileno())
+            file.close()                        # Windows renames no open file
             os.replace(temporary, out)          # last: FILE is there when all of it is
     except BlockingIOError:
         raise ValueError(f"another process is writing {temporary}") from None

@@ -527,10 +527,11 @@ def test_attacked_images_count_as_saved_with_all_the_lines_that_claim_them(tmp_p
 
 def test_a_tasks_name_never_leads_out_of_the_folder(tmp_path):
     names = ("folder:/etc/passwd", "folder:../../x", "..", "a/../../b", "wds:~/x", "folder:a/b", "folder:a-b",
-             "digits")
+             "digits", f"folder:{'a/' * 500}b", f"folder:{'a/' * 500}c", "x" * 300)
     folders = [adversarial_folder(tmp_path, name) for name in names]
     assert all(folder.parent == tmp_path and folder.name not in ("", ".", "..") for folder in folders)
-    assert len(set(folders)) == len(names) and folders[-1].name == "digits"
+    assert len(set(folders)) == len(names) and folders[names.index("digits")].name == "digits"
+    assert all(len(folder.name) < 255 for folder in folders)
 
 
 # ------------------------------------------------------------------------------ whose results a folder holds
@@ -644,8 +645,7 @@ def test_the_same_command_again_shows_its_table_and_any_other_is_refused(small_c
     assert "another evaluation is writing to" in command(*words, "--overwrite", status=2) and unchanged()
     os.close(folder)
 
-    others = {"--eps": 4, "--steps": 3, "--templates": "openai", "--data-root": tmp_path, "--dtype": "bf16",
-              "--tasks": "colours"}
+    others = {"--eps": 4, "--steps": 3, "--templates": "openai", "--dtype": "bf16", "--tasks": "colours"}
     for flag, value in others.items():
         refused = command(*words, flag, value, status=2)
         assert f"{out} holds an evaluation, with {flag}" in refused and "--out" in refused

@@ -25,6 +25,7 @@ from losses import LOSSES
 from model import (ImageEncoder, adapt, check_adaptation, freeze, full_precision, image_size, load_clip,
                    unfreeze)
 from prompts import encode_head
+from tasks.class_names import own_words
 from tasks.sampling import few_shots, relabelled
 from tasks.task import load_task, task_names
 
@@ -96,11 +97,13 @@ with run.refusing():
                          f"in {args.accumulate} micro-batch(es) each")
     if LOSSES[args.loss].batch and args.batch_size == WORLD * args.accumulate:
         raise ValueError(f"--loss {args.loss} contrasts the images of a batch: one alone has no others")
+    names = task_names(args.tasks, args.dataset, args.data_root)
     where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root,
-             "limit": args.limit}
+             "limit": args.limit, "resize": args.resize,
+             "words": own_words([args.dataset, *names], args.class_names, args.template)}
     train = load_task(args.dataset, "train", **where)
     train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
-    tasks = [load_task(name, "val", **where) for name in task_names(args.tasks, args.dataset, args.data_root)]
+    tasks = [load_task(name, "val", **where) for name in names]
     seen = not tasks or train.name in [task.name for task in tasks]
     held_out = [] if seen else [load_task(args.dataset, "val", **where)]
     # the ragged last batch is left out
@@ -215,6 +218,5 @@ for step, batch in enumerate(run.batches(train), run.first_step):
 freeze(loss.net)
 with full_precision(encoder):
     after = zero_shot_table(args.loss)
-    examples[args.loss] = attacked_examples(encoder, heads, logit_scale, tasks, attack,
-                                            chosen=examples["CLIP"])
-run.finish(before, after, examples)
+    run.finish(before, after, lambda: examples | {args.loss: attacked_examples(
+        encoder, heads, logit_scale, tasks, attack, chosen=examples["CLIP"])})

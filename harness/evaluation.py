@@ -19,12 +19,14 @@ from tqdm import tqdm
 from harness import files
 from harness.options import ByModel, differences
 from harness.processes import RANK, WORLD, environment, gathered, rank0
-from harness.reports import draw_examples, full_table
+from harness.reports import draw_examples, example_prompt, full_table, nothing_readable, without_loss
 from kernels.pgd_step import to_float
+from prompts import prompt_warnings
 from tasks.benchmarks import present
+from tasks.class_names import own_words
 from tasks.loading import Batch, batches, on_device
 from tasks.sampling import fingerprint
-from tasks.task import image_numbers, load_task, task_names
+from tasks.task import data_set, image_numbers, load_task, task_names
 
 
 class EvaluationRun:
@@ -35,6 +37,7 @@ class EvaluationRun:
         """args, known: of `settle`; missing: {task: why it is left out}; protocol: what runs, in words.
         ValueError: the folder holds something else, or the images have changed."""
         self.args, self.missing, self.protocol, self.device = args, missing, protocol, device
+        self.parser, self.tasks, self.warnings = parser, tasks, {}
         # beside its checkpoint, or named after the plain CLIP
         name = parser.name(args, () if args.ckpt else ("model", "pretrained"), hidden=("ckpt",), **known)
         stem = Path(args.ckpt or "").stem.removeprefix("ckpt").strip("-")[:60]
@@ -70,8 +73,10 @@ class EvaluationRun:
             for name, count in self.counts.items())
         return done, results if whole else None
 
-    def begin(self):
+    def begin(self, tokenizer):
         """Lock the folder, and open this process's journal. ValueError or OSError: somebody else is in it."""
+        self.warnings = {task.name: prompt_warnings(tokenizer, task.class_names, task.template)
+                         for task in self.tasks}
         self.done = rank0(self.take_folder)
         self.journal = open(self.out / (f"images-{RANK}.jsonl" if RANK else "images.jsonl"), "a")
         if RANK:
@@ -105,6 +110,8 @@ class EvaluationRun:
     def after(self, results, task, records):
         """After each task: results.json, with what there is."""
         self.records[task.name] = {record["image"]: record for record in records}
+        row = results["tasks"][task.name]
+        row["warnings"] = self.warnings.get(task.name, []) + row["warnings"]
         if RANK == 0:
             left = [name for name in self.counts if name not in self.records]
             results["warnings"] = [] if left else self.warning_of_a_plain_clip(results["mean"]["robust"])
@@ -133,18 +140,23 @@ class EvaluationRun:
             os.close(self.locked)
         print(f"\n{label} under {self.protocol}\n\n{full_table(results)}\n")
         for name, row in results["tasks"].items():
-            if " (" in row["source"]:
-                print(f"{name} was read from {row['source']}")
+            if row["source"]:
+                print(f"{name}: {row['split']} images of {row['source']}; prompts like "
+                      f"{example_prompt(row)!r}")
             for error in [r["error"] for r in self.records.get(name, {}).values() if "error" in r]:
                 print(f"left out of {name}: {error}")
         for text in results.get("warnings", ()):
             print(f"warning: {text}")
         if pictures:
             label = Path(self.args.ckpt or self.args.model).stem
-            draw_examples(self.out / "examples.png", {label: pictures}, self.args.eps)
+            page = self.out / "examples.png", {label: pictures}, self.args.eps
+            pictures = without_loss(draw_examples, *page)
         print((f"{self.out} is finished: this is its table, nothing was computed" if self.finished else
                f"wrote {self.out}/results.json, images.jsonl") + ", examples.png" * bool(pictures)
               + (f"; {self.save_adv}/" if self.save_adv else ""))
+        unread = nothing_readable(results)
+        if unread:
+            self.parser.error(unread)
         return results["mean"]
 
 
@@ -163,11 +175,15 @@ def settle(parser, args, checkpoint, alpha):
     return parser.settle(args, **known), known
 
 
-def load_tasks(words, model, **options):
-    """([Task, …], {name: why it is left out}) that --tasks names; options: of `load_task`. ValueError."""
-    everything = words == "all" and model != "toy" and options["data_root"]
-    default, tasks = "toy" if model == "toy" else "imagenet", []
-    names, missing = present(options["data_root"]) if everything else (task_names(words, default), {})
+def load_tasks(args, size):
+    """([Task, …], {name: why it is left out}) that --tasks names, for a model of `size` pixels. ValueError."""
+    everything = args.tasks == "all" and args.model != "toy" and args.data_root
+    default, tasks = "toy" if args.model == "toy" else "imagenet", []
+    names, missing = present(args.data_root) if everything else (task_names(args.tasks, default), {})
+    if args.template and args.templates != "paper":
+        raise ValueError(f"--template and --templates {args.templates}: give one of them")
+    options = {"size": size, "data_root": args.data_root, "limit": args.limit, "resize": args.resize,
+               "templates": args.templates, "words": own_words(names, args.class_names, args.template)}
     for name in names:
         try:
             tasks.append(load_task(name, "val", **options))
@@ -176,6 +192,12 @@ def load_tasks(words, model, **options):
                 raise
             missing[name] = str(error)                  # half a download does not stop the others
     return tasks, missing
+
+
+def about(task):
+    """What a row of results.json says of its task beside the numbers."""
+    return {"source": task.source, "split": task.split, "template": task.template,
+            "class_names": task.class_names}
 
 
 @contextmanager
@@ -227,12 +249,20 @@ def shared(judge, task, positions, *, batch_size, workers, device, keep=None, ba
     for batch in on_device(batches(task, positions[RANK::WORLD], size, workers, bad="leave out"), device):
         records, tensors = judge(batch) if len(batch.y) else ([], {})
         records += [{"image": image, "error": error} for image, error in batch.errors]
+        records = [record | file_of(task, record["image"]) for record in records]
         if keep is not None:
             keep(task, records, tensors)
         if bar is not None:
             bar.update(len(records) * WORLD)
         mine += records
     return sum(gathered(mine), [])
+
+
+def file_of(task, number):
+    """{"file": its name} of an image that has one, inside its data set; {} of another."""
+    images = data_set(task)
+    name = images.file(number) if hasattr(images, "file") else None
+    return {} if name is None else {"file": name}
 
 
 # ------------------------------------------------------------------------------ the folder's files

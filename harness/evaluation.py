@@ -104,12 +104,14 @@ class EvaluationRun:
         """After each batch: what a killed run will not have to do again."""
         if self.save_adv and tensors:                   # before the lines that claim them
             save_adversarial(self.save_adv, task.name, tensors, self.identity)
-        self.journal.write("".join(json.dumps({"task": task.name, **record}) + "\n" for record in records))
+        rows = ({"task": task.name, **record, **file_of(task, record["image"])} for record in records)
+        self.journal.write("".join(json.dumps(row) + "\n" for row in rows))
         self.journal.flush()
 
     def after(self, results, task, records):
         """After each task: results.json, with what there is."""
-        self.records[task.name] = {record["image"]: record for record in records}
+        self.records[task.name] = {record["image"]: record | file_of(task, record["image"])
+                                   for record in records}
         row = results["tasks"][task.name]
         row["warnings"] = self.warnings.get(task.name, []) + row["warnings"]
         if RANK == 0:
@@ -176,7 +178,7 @@ def settle(parser, args, checkpoint, alpha):
 
 
 def load_tasks(args, size):
-    """([Task, …], {name: why it is left out}) that --tasks names, for a model of `size` pixels. ValueError."""
+    """([Task, …], {name: why it is left out}) that --tasks names; size: of `load_task`. ValueError."""
     everything = args.tasks == "all" and args.model != "toy" and args.data_root
     default, tasks = "toy" if args.model == "toy" else "imagenet", []
     names, missing = present(args.data_root) if everything else (task_names(args.tasks, default), {})
@@ -237,7 +239,8 @@ def choose_examples(judge, tasks, device, chosen=None):
             words = {"truth": record["label"], "clean": record["clean"], "adversarial": seen}
             found.append({"task": task.name, "x": x, "x_adv": tensors["x_adv"][0].cpu() if tensors else x,
                           "position": next(p for p in positions if image_numbers(task)[p] == record["image"]),
-                          **{word: task.class_names[number] for word, number in words.items()}})
+                          **{word: task.class_names[number] if number >= 0 else "NaN"
+                             for word, number in words.items()}})
     return found
 
 
@@ -249,7 +252,6 @@ def shared(judge, task, positions, *, batch_size, workers, device, keep=None, ba
     for batch in on_device(batches(task, positions[RANK::WORLD], size, workers, bad="leave out"), device):
         records, tensors = judge(batch) if len(batch.y) else ([], {})
         records += [{"image": image, "error": error} for image, error in batch.errors]
-        records = [record | file_of(task, record["image"]) for record in records]
         if keep is not None:
             keep(task, records, tensors)
         if bar is not None:

@@ -121,6 +121,7 @@ def make_cache(dataset, out, *, size=224, data_root=None, workers=0, resize=None
         with open(marker, "a+b", buffering=0) as records, open(temporary, "r+b") as file:
             fcntl.lockf(records, fcntl.LOCK_EX | fcntl.LOCK_NB)     # of this process, not of its workers
             counts = " + ".join(f"{count:,} {split}" for count, split in zip(index["counts"], index["parts"]))
+            counts = counts.replace("all", "unsplit")
             print(f"{dataset}: {counts} images of {size}×{size} pixels, {needed / 1e9:,.3f} GB", flush=True)
             offset = decode(task, index, file, records, workers)
             records.seek(0)

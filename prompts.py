@@ -45,7 +45,7 @@ def clean_class_name(name):
 # what says nothing to a text encoder, as a whole name after `clean_class_name`
 MEANINGLESS = {
     "numbers": r"[-+\d.,]*\d[\d.,]*",
-    "numbered, not named": r"(c|cls|class|label|category|id|folder|object|species) ?\d+",
+    "numbered, not named": r"c\d+|(cls|class|label|category|id|folder|object|species) ?\d+",
     "WordNet ids, none of ImageNet's": r"n\d{8}", "ids": r"q\d+|[mg][ .]0[a-z0-9 ]+",
     "hashes": r"(?=[ a-z]*\d)(?=[ \d]*[a-f])[0-9a-f]{7,}( [0-9a-f]{4,})*", "empty": r"\W*"}
 

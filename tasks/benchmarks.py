@@ -70,7 +70,7 @@ def _lines(path):
 
 def listed_tars(folder):
     """The tars in a folder, 9.tar before 10.tar. ValueError, in one line: some are compressed."""
-    files = [file for file in folder.iterdir() if file.name[0] != "." and ".t" in file.name]
+    files = [file for file in folder.iterdir() if file.name[0] != "."]
     packed = [file for file in files if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", file.name.lower())]
     if packed:
         raise ValueError(f"{printable(packed[0])} is compressed: unpack it, with gunzip or the like; images "

@@ -279,15 +279,16 @@ def samples_of(tar):
             others.append(member.name)
             continue
         keys.setdefault((folder, file.rpartition(".")[0]), {"image": [], "label": []})[kind].append(member)
-    for (folder, key), parts in [*keys.items()]:            # a.seg.png is a part of a, not a sample
-        whole = keys.get((folder, key.partition(".")[0]), parts)
-        if whole is not parts and not (parts["image"] and parts["label"]):
-            if whole["image"] and whole["label"]:
-                others += [member.name for member in sum(parts.values(), [])]
-            else:                                           # a.jpg, a.v2.cls
+    whole = {key for key, parts in keys.items() if parts["image"] and parts["label"]}
+    for folder, key in [key for key in keys if key not in whole]:
+        first = folder, key.partition(".")[0]
+        if first in keys and first != (folder, key):
+            parts = keys.pop((folder, key))
+            if first in whole:                              # a.seg.png, beside a.png and a.cls
+                others += [member.name for member in parts["image"] + parts["label"]]
+            else:                                           # a.rgb.png, a.cls
                 for kind, members in parts.items():
-                    whole[kind] += members
-            del keys[folder, key]
+                    keys[first][kind] += members
     found = []
     for (_, key), parts in keys.items():
         images, labels = parts["image"], parts["label"]

@@ -1,4 +1,5 @@
 """Everything that is a prompt: class names and text templates → the zero-shot head."""
+import functools
 import os
 import re
 import sys
@@ -75,6 +76,13 @@ def prompt_warnings(tokenizer, class_names, template):
     return said
 
 
+@functools.cache
+def warn_once(text):
+    """Print a warning, once, and in process 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+
+
 def listed(names, most=5):
     """Names in a warning, one line whatever they hold."""
     return ", ".join(repr(name[:60]) for name in names[:most]) + ", …" * (len(names) > most)
@@ -89,9 +97,8 @@ def encode_head(clip, tokenizer, class_names, template):
     once per task and kept: the text encoder is frozen, so the head never changes."""
     templates, heads = [template] if isinstance(template, str) else template, []
     names = [clean_class_name(name) for name in class_names]
-    if os.environ.get("RANK", "0") == "0":
-        for text in prompt_warnings(tokenizer, class_names, template):
-            print(f"warning: {text}", file=sys.stderr)
+    for text in prompt_warnings(tokenizer, class_names, template):
+        warn_once(text)
     device = clip.logit_scale.device
     for template in templates:
         prompts = [template.replace("{}", name) for name in names]

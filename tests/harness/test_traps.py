@@ -13,6 +13,7 @@ from PIL import Image
 from harness import reports
 from harness.evaluation import choose_examples
 from harness.reports import draw_examples, guessing, in_pipes, mean, nothing_readable, summary
+from prompts import warn_once
 from tasks.images import say_once
 from tasks.task import load_task
 from toy import world
@@ -33,6 +34,7 @@ def write_images(root, names, each=3):
 def evaluate(*words, status=0):
     """(stdout, stderr) of an evaluation."""
     say_once.cache_clear()
+    warn_once.cache_clear()
     done = here("eval_zeroshot.py", *QUICK, *words, status=status)
     return done.stdout, done.stderr
 

@@ -7,8 +7,8 @@
         --dataset imagenet --data-root DIR       # the paper's recipe
     python train_tecoa.py --resume out/RUN       # go on with a run that was killed, to the same bits
 
-Writes out/<run>/: ckpt.pt and ckpt-previous.pt, log.jsonl, results_before.json, results.json and, last,
-examples.png. Ends with status 0; 2 if it cannot start; 143 or 130 if SIGTERM or SIGINT stopped it, saved; 1
+Writes out/<run>/: ckpt.pt and ckpt-previous.pt, log.jsonl, results_before.json, examples.png and, last,
+results.json. Ends with status 0; 2 if it cannot start; 143 or 130 if SIGTERM or SIGINT stopped it, saved; 1
 for other reasons.
 """
 import math
@@ -218,5 +218,6 @@ for step, batch in enumerate(run.batches(train), run.first_step):
 freeze(loss.net)
 with full_precision(encoder):
     after = zero_shot_table(args.loss)
-    run.finish(before, after, lambda: examples | {args.loss: attacked_examples(
-        encoder, heads, logit_scale, tasks, attack, chosen=examples["CLIP"])})
+    examples[args.loss] = attacked_examples(encoder, heads, logit_scale, tasks, attack,
+                                            chosen=examples["CLIP"])
+run.finish(before, after, examples)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from harness import files
 from harness.options import ByModel, differences
 from harness.processes import RANK, WORLD, environment, gathered, rank0
-from harness.reports import draw_examples, example_prompt, full_table, nothing_readable, without_loss
+from harness.reports import draw_examples, example_prompt, full_table, nothing_readable
 from kernels.pgd_step import to_float
 from prompts import prompt_warnings
 from tasks.benchmarks import present
@@ -151,8 +151,7 @@ class EvaluationRun:
             print(f"warning: {text}")
         if pictures:
             label = Path(self.args.ckpt or self.args.model).stem
-            page = self.out / "examples.png", {label: pictures}, self.args.eps
-            pictures = without_loss(draw_examples, *page)
+            draw_examples(self.out / "examples.png", {label: pictures}, self.args.eps)
         print((f"{self.out} is finished: this is its table, nothing was computed" if self.finished else
                f"wrote {self.out}/results.json, images.jsonl") + ", examples.png" * bool(pictures)
               + (f"; {self.save_adv}/" if self.save_adv else ""))

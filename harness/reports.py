@@ -1,10 +1,9 @@
 """What results look like: rows of counts and intervals, signs of a broken evaluation, tables, pictures."""
 import math
-import sys
 import textwrap
 
 from prompts import clean_class_name
-from tasks.images import one_line, printable
+from tasks.images import printable
 
 
 def interval(count, n):
@@ -153,30 +152,12 @@ def full_table(results):
     return in_pipes(lines)
 
 
-def without_loss(draw, *words):
-    """Whether draw(*words) went well. Results are on the disk by then: what goes wrong is a line, no more."""
-    try:
-        draw(*words)
-        return True
-    except Exception as error:
-        print(f"warning: no examples.png: {one_line(error)}", file=sys.stderr, flush=True)
-        return False
-
-
 def draw_examples(path, rows, eps):
     """Draw attacked images to a PNG: clean ones, and for each model δ amplified and adversarial ones, with
     the classes that it takes them for. rows: {the model's label: of `choose_examples`}, the same images for
     each; eps: in 1/255, for the label."""
     # here, as it takes long to import; without pyplot, which would set this process's backend
-    import matplotlib
     from matplotlib.figure import Figure
-    # texts are drawn as they are: two $ would be a formula
-    with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
-        examples_page(Figure, rows, eps).savefig(path, dpi=110)
-
-
-def examples_page(Figure, rows, eps):
-    """The figure of `draw_examples`."""
     first = next(iter(rows.values()))
     grid = [("clean", [(e["x"], e["truth"], "black") for e in first])]
     for label, examples in rows.items():
@@ -191,11 +172,10 @@ def examples_page(Figure, rows, eps):
     axes = figure.subplots(len(grid), len(first), squeeze=False,
                            subplot_kw={"xticks": [], "yticks": [], "frameon": False})
     for axis, example in zip(axes[0], first):
-        axis.set_title(printable(example["task"])[-24:], fontsize=10)
+        axis.set_title(example["task"], fontsize=10)
     for line, (label, cells) in zip(axes, grid):
-        line[0].set_ylabel("\n".join(map(printable, label.split("\n"))), fontsize=9)
+        line[0].set_ylabel(label, fontsize=9)
         for axis, (image, text, colour) in zip(line, cells):
             axis.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-            text = "\n".join(textwrap.wrap(printable(text), 20)[:3])
-            axis.set_xlabel(text, color=colour, fontsize=8, labelpad=2)
-    return figure
+            axis.set_xlabel("\n".join(textwrap.wrap(text, 20)[:3]), color=colour, fontsize=8, labelpad=2)
+    figure.savefig(path, dpi=110)

@@ -22,8 +22,7 @@ from harness.checkpoints import FORMAT, load_visual, read_checkpoint, save_check
 from harness.log import Log
 from harness.options import differences
 from harness.processes import LAUNCH, RANK, RESTARTS, WORLD, environment, gathered, rank0
-from harness.reports import (at_chance, draw_examples, guessing, markdown_table, nothing_readable,
-                             without_loss)
+from harness.reports import at_chance, draw_examples, guessing, markdown_table, nothing_readable
 from model import parts_of
 from tasks.loading import batches, on_device
 from tasks.sampling import fingerprint, training_order
@@ -384,25 +383,21 @@ class TrainingRun:
         if RANK == 0:
             print(text, flush=True)
 
-    def finish(self, before, after, attacked):
-        """Write results.json, with which the run is over, draw examples.png, print the tables, end the
-        process. before, after: of `evaluate_tasks`; attacked() → {label: of `attacked_examples`}."""
+    def finish(self, before, after, examples):
+        """Draw examples.png, write results.json, with which the run is over, print the tables, end the
+        process. before, after: of `evaluate_tasks`; examples: {label: of `attacked_examples`}."""
         if RANK == 0:
+            if all(examples.values()):
+                draw_examples(self.out / "examples.png", examples, self.args.eps)
             facts = {"config": vars(self.args) | environment(self.device), "identity": self.identity,
                      "code": files.source_version(), "step": self.total_steps,
                      "trained": sum(p.numel() for p in self.trainable.values())}
             after = facts | ({"skipped": self.skipped} if self.skipped else {}) | after
             files.write_json(self.out / "results.json", after)
-            without_loss(self.draw, attacked)
             self.print_tables(before, after)
             print(f"\nwrote {self.out}/: " + ", ".join(path.name for path in sorted(self.out.iterdir())
                                                        if path.is_file()))
         processes.end()
-
-    def draw(self, attacked):
-        examples = attacked()
-        if all(examples.values()):
-            draw_examples(self.out / "examples.png", examples, self.args.eps)
 
     def print_tables(self, before, after):
         config = after["config"]

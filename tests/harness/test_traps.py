@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 import torch
 from in_process import here
-from matplotlib.figure import Figure
 from PIL import Image
 
-from harness import reports
 from harness.evaluation import choose_examples
-from harness.reports import draw_examples, guessing, in_pipes, mean, nothing_readable, summary
+from harness.reports import guessing, in_pipes, mean, nothing_readable, summary
 from prompts import warn_once
 from tasks.images import say_once
 from tasks.task import load_task
@@ -132,45 +130,6 @@ def test_a_table_without_numbers():
 
 
 # --------------------------------------------------------------------------------------------- pictures
-NASTY = ["$x$", "$\\frac{$ $", "a_b^{c", "\\", "猫", "a\nb", "\udcff", "", "#%&~", "x" * 300]
-
-
-def test_texts_are_drawn_as_they_are(tmp_path, monkeypatch):
-    """Whatever a class is called: what matplotlib has to draw is the text itself."""
-    drawn, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *words, **more: (
-        drawn.extend(axis.get_xlabel() for axis in figure.axes), savefig(figure, *words, **more))[1])
-    for name in NASTY:
-        example = {"task": name, "x": torch.zeros(3, 8, 8), "x_adv": torch.zeros(3, 8, 8), "truth": name,
-                   "clean": name, "adversarial": name}
-        drawn.clear()
-        draw_examples(tmp_path / "a.png", {name: [example]}, 8)
-        assert Image.open(tmp_path / "a.png").size[0] > 100
-        assert drawn[0].replace("\n", "") == name[:60] or not name.isprintable()
-
-
-def test_no_picture_loses_a_result(tmp_path, monkeypatch):
-    """Class names with $, and a page that cannot be drawn; training and evaluation."""
-    name = write_images(tmp_path / "set" / "train", ["$a$b$", "cost $5"], each=4).removesuffix("/train")
-    write_images(tmp_path / "set" / "val", ["$a$b$", "cost $5"], each=2)
-    words = ("--pretrained", "none", "--dataset", name, "--tasks", name, "--batch-size", 4, "--epochs", 1,
-             "--eval-steps", 1, "--workers", 0, "--out")
-    here("train_tecoa.py", *words, tmp_path / "good")
-    assert (tmp_path / "good" / "examples.png").exists()
-    row = rows_of(tmp_path / "good")[name]
-    assert (row["class_names"], row["split"], row["n"]) == (["$a$b$", "cost $5"], "val", 4)
-
-    def fails(*words):
-        raise RuntimeError("out of\nink")
-    monkeypatch.setattr(reports, "examples_page", fails)
-    done = here("train_tecoa.py", *words, tmp_path / "bad")
-    assert "warning: no examples.png: out of ink\n" in done.stderr and "wrote " in done.stdout
-    assert not (tmp_path / "bad" / "examples.png").exists()
-    assert rows_of(tmp_path / "bad") == rows_of(tmp_path / "good")
-    stdout, stderr = evaluate("--tasks", name, "--examples", "--out", tmp_path / "out")
-    assert "out of ink" in stderr and stdout.endswith("images.jsonl\n") and rows_of(tmp_path / "out")
-
-
 def test_an_image_that_gives_nan_is_drawn_as_that():
     def judge(task, batch, attack):
         return [{"image": 0, "label": 1, "clean": -1}], {}

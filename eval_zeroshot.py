@@ -22,10 +22,10 @@ import torch
 from attacks import apgd, ascent, cw_margin, dlr, image_keys, margin, pgd_any, pgd_last, square
 from harness import processes
 from harness.checkpoints import export_clip, load_visual, read_checkpoint
-from harness.evaluation import EvaluationRun, about, choose_examples, load_tasks, progress, settle, shared
+from harness.evaluation import EvaluationRun, choose_examples, load_tasks, progress, settle, shared
 from harness.options import ByModel, Parser, add_shared_options, number, shares
 from harness.processes import DTYPES, RANK, rank0, rank0_first
-from harness.reports import mean, summary
+from harness.reports import about, mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
 from kernels.pgd_step import pgd_step, to_float
 from model import ImageEncoder, image_size, load_clip, predict

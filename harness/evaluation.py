@@ -195,12 +195,6 @@ def load_tasks(args, size):
     return tasks, missing
 
 
-def about(task):
-    """What a row of results.json says of its task beside the numbers."""
-    return {"source": task.source, "split": task.split, "template": task.template,
-            "class_names": task.class_names}
-
-
 @contextmanager
 def progress(encoder, tasks, done):
     """(a progress bar over the images of the tasks, the encoder, which says in it where a long attack is)."""

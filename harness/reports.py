@@ -33,6 +33,12 @@ def summary(records, attacks, classes, half):
     return row | {"warnings": signs_of_a_broken_evaluation(row, readable, right, half)}
 
 
+def about(task):
+    """What a row of results.json says of its task beside the numbers."""
+    return {"source": task.source, "split": task.split, "template": task.template,
+            "class_names": task.class_names}
+
+
 def mean(rows):
     """The unweighted mean of tasks' rows {name: row}, of those with images that could be read; or None."""
     counted = [row for row in rows.values() if row["n"]]

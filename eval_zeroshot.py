@@ -28,7 +28,7 @@ from harness.processes import DTYPES, RANK, rank0, rank0_first
 from harness.reports import about, mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
 from kernels.pgd_step import pgd_step, to_float
-from model import ImageEncoder, image_size, load_clip, predict
+from model import ImageEncoder, load_clip, predict
 from prompts import encode_head
 from tasks.task import image_numbers
 
@@ -242,7 +242,7 @@ def evaluate_command(parser, args, device, alpha):
         checkpoint = read_checkpoint(args.ckpt, args.model) if args.ckpt else {"config": {}}
         args, known = settle(parser, args, checkpoint, alpha)
         names = attack_list(args.attack, args.last_iterate)
-        tasks, missing = load_tasks(args, image_size(args.model, args.pretrained))
+        tasks, missing = load_tasks(args)
         if not tasks and not args.export:
             raise ValueError(f"--tasks {args.tasks}: nothing to evaluate under {args.data_root}")
         options = {"names": names, "eps": args.eps / 255, "norm": args.norm, "restarts": args.restarts,

@@ -25,7 +25,6 @@ from losses import LOSSES
 from model import (ImageEncoder, adapt, check_adaptation, freeze, full_precision, image_size, load_clip,
                    unfreeze)
 from prompts import encode_head
-from tasks.class_names import own_words
 from tasks.sampling import few_shots, relabelled
 from tasks.task import load_task, task_names
 
@@ -98,9 +97,7 @@ with run.refusing():
     if LOSSES[args.loss].batch and args.batch_size == WORLD * args.accumulate:
         raise ValueError(f"--loss {args.loss} contrasts the images of a batch: one alone has no others")
     names = task_names(args.tasks, args.dataset, args.data_root)
-    where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root,
-             "limit": args.limit, "resize": args.resize,
-             "words": own_words([args.dataset, *names], args.class_names, args.template)}
+    where = run.where(args.dataset, *names)
     train = load_task(args.dataset, "train", **where)
     train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
     tasks = [load_task(name, "val", **where) for name in names]

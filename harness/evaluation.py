@@ -17,13 +17,12 @@ import numpy as np
 from tqdm import tqdm
 
 from harness import files
-from harness.options import ByModel, differences
+from harness.options import ByModel, data_options, differences
 from harness.processes import RANK, WORLD, environment, gathered, rank0
 from harness.reports import draw_examples, example_prompt, full_table, nothing_readable
 from kernels.pgd_step import to_float
 from prompts import prompt_warnings
 from tasks.benchmarks import present
-from tasks.class_names import own_words
 from tasks.loading import Batch, batches, on_device
 from tasks.sampling import fingerprint
 from tasks.task import data_set, image_numbers, load_task, task_names
@@ -37,7 +36,6 @@ class EvaluationRun:
         """args, known: of `settle`; missing: {task: why it is left out}; protocol: what runs, in words.
         ValueError: the folder holds something else, or the images have changed."""
         self.args, self.missing, self.protocol, self.device = args, missing, protocol, device
-        self.parser, self.tasks, self.warnings = parser, tasks, {}
         # beside its checkpoint, or named after the plain CLIP
         name = parser.name(args, () if args.ckpt else ("model", "pretrained"), hidden=("ckpt",), **known)
         stem = Path(args.ckpt or "").stem.removeprefix("ckpt").strip("-")[:60]
@@ -47,6 +45,7 @@ class EvaluationRun:
         self.identity = json.loads(json.dumps(parser.identity(args) | {"code": files.source_version()}))
         self.images = {task.name: fingerprint(task) for task in tasks}
         self.counts, self.records = {task.name: len(task.images) for task in tasks}, {}
+        self.parser, self.tasks, self.warnings = parser, tasks, {}
         self.done, self.finished = rank0(self.look)
 
     def look(self, remove=False):
@@ -176,15 +175,14 @@ def settle(parser, args, checkpoint, alpha):
     return parser.settle(args, **known), known
 
 
-def load_tasks(args, size):
-    """([Task, …], {name: why it is left out}) that --tasks names; size: of `load_task`. ValueError."""
+def load_tasks(args):
+    """([Task, …], {name: why it is left out}) that --tasks names. ValueError."""
     everything = args.tasks == "all" and args.model != "toy" and args.data_root
     default, tasks = "toy" if args.model == "toy" else "imagenet", []
     names, missing = present(args.data_root) if everything else (task_names(args.tasks, default), {})
     if args.template and args.templates != "paper":
         raise ValueError(f"--template and --templates {args.templates}: give one of them")
-    options = {"size": size, "data_root": args.data_root, "limit": args.limit, "resize": args.resize,
-               "templates": args.templates, "words": own_words(names, args.class_names, args.template)}
+    options = data_options(args, names) | {"templates": args.templates}
     for name in names:
         try:
             tasks.append(load_task(name, "val", **options))

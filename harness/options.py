@@ -19,7 +19,8 @@ import torch.distributed as dist
 import kernels
 from harness.files import sha256
 from harness.processes import RANK
-from model import ADAPTATIONS
+from model import ADAPTATIONS, image_size
+from tasks.class_names import own_words
 from tasks.images import printable
 
 
@@ -205,6 +206,12 @@ def default_step_size(args, training):
     if args.model != "toy" and args.norm == "linf":
         return 1.
     return 1.25 * args.eps / args.steps if training else args.eps / 4
+
+
+def data_options(args, names):
+    """What `load_task` is told of the sets `names` of one command. ValueError."""
+    return {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit,
+            "resize": args.resize, "words": own_words(names, args.class_names, args.template)}
 
 
 def add_shared_options(parser, *, training):

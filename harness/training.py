@@ -20,7 +20,7 @@ from tqdm import tqdm
 from harness import files, processes
 from harness.checkpoints import FORMAT, load_visual, read_checkpoint, save_checkpoint
 from harness.log import Log
-from harness.options import differences
+from harness.options import data_options, differences
 from harness.processes import LAUNCH, RANK, RESTARTS, WORLD, environment, gathered, rank0
 from harness.reports import at_chance, draw_examples, guessing, markdown_table, nothing_readable
 from model import parts_of
@@ -100,6 +100,10 @@ class TrainingRun:
             if after["code"] != files.source_version():
                 print("\nwarning: the sources have changed since then; --overwrite trains anew")
         processes.end()
+
+    def where(self, *names):
+        """Of `load_task`, for all sets of the run. ValueError."""
+        return data_options(self.args, names)
 
     def claim(self, clip, train, total_steps, *, compares_images):
         """Make the folder this run's alone, with a checkpoint to go on from. Ends the process if no step is

@@ -25,10 +25,10 @@ from harness.checkpoints import export_clip, load_visual, read_checkpoint
 from harness.evaluation import EvaluationRun, choose_examples, load_tasks, phase, progress, settle, shared
 from harness.options import ByModel, Parser, add_shared_options, number, shares
 from harness.processes import DTYPES, RANK, rank0, rank0_first
-from harness.reports import ball, mean, summary
+from harness.reports import about, ball, mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
 from kernels.pgd_step import to_float
-from model import ImageEncoder, image_size, judging, load_clip, predict
+from model import ImageEncoder, judging, load_clip, predict
 from prompts import encode_head
 from tasks.task import image_numbers
 
@@ -173,7 +173,7 @@ def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, done=N
             names, head = defined(options["names"], len(heads[task.name])), heads[task.name]
             records = evaluate(watched, head, logit_scale, task, options | {"names": names}, bar=bar,
                                done=done.get(task.name), **more)
-            results["tasks"][task.name] = summary(records, names, len(head), half) | {"source": task.source}
+            results["tasks"][task.name] = summary(records, names, len(head), half) | about(task)
             results["mean"] = mean({name: row for name, row in results["tasks"].items()
                                     if name not in EXTRA or len(tasks) == 1})
             if after is not None:
@@ -220,8 +220,7 @@ def evaluate_command(parser, args, device, alpha):
         checkpoint = read_checkpoint(args.ckpt, args.model) if args.ckpt else {"config": {}}
         args, known = settle(parser, args, checkpoint, alpha)
         names = attack_list(args.attack, args.last_iterate)
-        tasks, missing = load_tasks(args.tasks, args.model, size=image_size(args.model, args.pretrained),
-                                    data_root=args.data_root, limit=args.limit, templates=args.templates)
+        tasks, missing = load_tasks(args)
         if not tasks and not args.export:
             raise ValueError(f"--tasks {args.tasks}: nothing to evaluate under {args.data_root}")
         options = {"names": names, "eps": args.eps / 255, "norm": args.norm, "restarts": args.restarts,
@@ -239,7 +238,7 @@ def evaluate_command(parser, args, device, alpha):
         if args.export:
             rank0(lambda: export_clip(clip, args.model, args.export, checkpoint.get("prompts")))
         if run and not run.finished:
-            run.begin()
+            run.begin(tokenizer)
     if not run:
         return None
 

@@ -25,12 +25,11 @@ from eval_zeroshot import attacked_examples, evaluate, evaluate_tasks
 from harness.options import ByModel, Parser, adaptation, add_shared_options, cadence, number
 from harness.processes import DTYPES, WORLD, rank0_first
 from harness.reports import ball
-from harness.training import TrainingRun
+from harness.training import TrainingRun, load_data
 from losses import LOSSES
 from model import ImageEncoder, adapt, check_adaptation, freeze, image_size, load_clip, unfreeze
 from prompts import encode_head
-from tasks.sampling import few_shots, relabelled
-from tasks.task import load_task, task_names
+from tasks.sampling import relabelled
 
 # ------------------------------------------------------------------------------ options
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=.9, fused=True),           # the paper's
@@ -89,19 +88,7 @@ option("--resume", nargs="?", const="", metavar="RUN", result=False, help="go on
        "folder, or from its checkpoint; alone: with the run of this command line, if it has begun (default: "
        "a new run)")
 
-
-def load_data(args):
-    """(the Task to adapt on, [those to evaluate on], [held-out images of the first, if not among these])."""
-    where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root,
-             "limit": args.limit}
-    tasks = [load_task(name, "val", **where) for name in task_names(args.tasks, args.dataset, args.data_root)]
-    train = load_task(args.dataset, "train", **where)
-    train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
-    seen = not tasks or train.name in [task.name for task in tasks]
-    return train, tasks, [] if seen else [load_task(args.dataset, "val", **where)]
-
-
-run = TrainingRun(parser, load_data)
+run = TrainingRun(parser)
 args, device = run.args, run.device                     # settled: nothing below changes them
 
 # ------------------------------------------------------------------------------ data, model, loss

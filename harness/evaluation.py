@@ -17,15 +17,16 @@ import numpy as np
 from tqdm import tqdm
 
 from harness import files
-from harness.options import ByModel, differences, doubts, placeless
+from harness.options import ByModel, data_options, differences, doubts, placeless
 from harness.processes import DTYPES, RANK, WORLD, environment, gathered, rank0
-from harness.reports import draw_examples, full_table, try_to_draw
+from harness.reports import draw_examples, example_prompt, full_table, nothing_readable, try_to_draw
 from kernels.pgd_step import to_float
+from prompts import prompt_warnings
 from tasks.benchmarks import present
 from tasks.contents import about, differing, other_contents, other_labels, stamp
 from tasks.loading import Batch, batches, on_device
 from tasks.locks import lock_folder
-from tasks.task import image_numbers, load_task, task_names
+from tasks.task import data_set, image_numbers, load_task, task_names
 
 
 class EvaluationRun:
@@ -43,7 +44,7 @@ class EvaluationRun:
         self.tasks = {task.name: task for task in tasks}
         self.images = rank0(lambda: {task.name: about(task) | {"stamp": stamp(task)} for task in tasks})
         self.counts, self.records = {task.name: len(task.images) for task in tasks}, {}
-        self.compared, self.notes = {}, []
+        self.parser, self.warnings, self.compared, self.notes = parser, {}, {}, []
         self.done, self.finished = rank0(self.look)
 
     def look(self, remove=False):
@@ -111,8 +112,10 @@ class EvaluationRun:
             self.compared[name] = same
         return ", ".join(words)
 
-    def begin(self):
+    def begin(self, tokenizer):
         """Lock the folder, and open this process's journal. ValueError or OSError: somebody else is in it."""
+        self.warnings = {task.name: prompt_warnings(tokenizer, task.class_names, task.template)
+                         for task in self.tasks.values()}
         self.done = rank0(self.take_folder)
         self.journal = open(self.out / (f"images-{RANK}.jsonl" if RANK else "images.jsonl"), "a")
         if RANK:
@@ -142,12 +145,16 @@ class EvaluationRun:
         """After each batch: what a killed run will not have to do again."""
         if self.save_adv and tensors:                   # before the lines that claim them
             save_adversarial(self.save_adv, task.name, tensors, self.identity)
-        self.journal.write("".join(json.dumps({"task": task.name, **record}) + "\n" for record in records))
+        rows = ({"task": task.name, **record, **file_of(task, record["image"])} for record in records)
+        self.journal.write("".join(json.dumps(row) + "\n" for row in rows))
         self.journal.flush()
 
     def after(self, results, task, records):
         """After each task: results.json, with what there is."""
-        self.records[task.name] = {record["image"]: record for record in records}
+        self.records[task.name] = {record["image"]: record | file_of(task, record["image"])
+                                   for record in records}
+        row = results["tasks"][task.name]
+        row["warnings"] = self.warnings.get(task.name, []) + row["warnings"]
         if RANK == 0:
             left = [name for name in self.counts if name not in self.records]
             results["warnings"] = doubts(self.args) + (
@@ -164,7 +171,7 @@ class EvaluationRun:
         named = args.pretrained not in (None, "none") and not Path(args.pretrained).is_file()
         strong = "apgd" in args.attack or "autoattack" in args.attack
         large = args.norm == "linf" and args.eps >= ByModel(1, 11)(args)
-        shown = named and not args.ckpt and strong and large and robust > 10
+        shown = named and not args.ckpt and strong and large and (robust or 0) > 10
         return [f"{robust:.1f} % robust for a CLIP that was never made robust: nearly 0 is expected, so the "
                 "attack may be broken"] if shown else []
 
@@ -178,8 +185,9 @@ class EvaluationRun:
             os.close(self.locked)
         print(f"\n{label} under {self.protocol}\n\n{full_table(results)}\n")
         for name, row in results["tasks"].items():
-            if " (" in row["source"]:
-                print(f"{name} was read from {row['source']}")
+            if self.tasks[name].source:                 # not the row's: they may have moved since
+                print(f"{name}: {row['split']} images of {self.tasks[name].source}; prompts like "
+                      f"{example_prompt(row)!r}")
             for error in [r["error"] for r in self.records.get(name, {}).values() if "error" in r]:
                 print(f"left out of {name}: {error}")
         for text in results.get("warnings", ()):
@@ -192,6 +200,9 @@ class EvaluationRun:
         print((f"{self.out} is finished: this is its table, nothing was computed" if self.finished else
                f"wrote {self.out}/results.json, images.jsonl") + ", examples.png" * bool(pictures)
               + (f"; {self.save_adv}/" if self.save_adv else ""))
+        unread = nothing_readable(results)
+        if unread:
+            self.parser.error(unread)
         return results["mean"]
 
 
@@ -234,11 +245,14 @@ def settle(parser, args, checkpoint, alpha):
     return settled, known
 
 
-def load_tasks(words, model, **options):
-    """([Task, …], {name: why it is left out}) that --tasks names; options: of `load_task`. ValueError."""
-    everything = words == "all" and model != "toy" and options["data_root"]
-    default, tasks = "toy" if model == "toy" else "imagenet", []
-    names, missing = present(options["data_root"]) if everything else (task_names(words, default), {})
+def load_tasks(args):
+    """([Task, …], {name: why it is left out}) that --tasks names. ValueError."""
+    everything = args.tasks == "all" and args.model != "toy" and args.data_root
+    default, tasks = "toy" if args.model == "toy" else "imagenet", []
+    names, missing = present(args.data_root) if everything else (task_names(args.tasks, default), {})
+    if args.template and args.templates != "paper":
+        raise ValueError(f"--template and --templates {args.templates}: give one of them")
+    options = data_options(args, names) | {"templates": args.templates}
     for name in names:
         try:
             tasks.append(load_task(name, "val", **options))
@@ -294,7 +308,8 @@ def choose_examples(judge, tasks, device, chosen=None):
             words = {"truth": record["label"], "clean": record["clean"], "adversarial": seen}
             found.append({"task": task.name, "x": x, "x_adv": tensors["x_adv"][0].cpu() if tensors else x,
                           "position": next(p for p in positions if image_numbers(task)[p] == record["image"]),
-                          **{word: task.class_names[number] for word, number in words.items()}})
+                          **{word: task.class_names[number] if number >= 0 else "NaN"
+                             for word, number in words.items()}})
     return found
 
 
@@ -318,6 +333,13 @@ def shared(judge, task, positions, *, batch_size, workers, device, keep=None, ba
     if WORLD > 1:
         phase(bar, "waits for other processes")
     return sum(gathered(mine), [])
+
+
+def file_of(task, number):
+    """{"file": its name} of an image that has one, inside its data set; {} of another."""
+    images = data_set(task)
+    name = images.file(number) if hasattr(images, "file") else None
+    return {} if name is None else {"file": name}
 
 
 # ------------------------------------------------------------------------------ the folder's files

@@ -20,7 +20,8 @@ import kernels
 from harness.files import sha256
 from harness.processes import RANK, has_bf16
 from harness.trackers import tracker_names
-from model import ADAPTATIONS, CONFIG, LOCAL_DIR, weights_in
+from model import ADAPTATIONS, CONFIG, LOCAL_DIR, image_size, weights_in
+from tasks.class_names import own_words
 from tasks.images import printable
 
 
@@ -217,6 +218,11 @@ def cadence(text):
     return text
 
 
+def resizing(text):
+    """A number of pixels, or none: images as they are."""
+    return text if text == "none" else number(int, 1, most=2**14)(text)
+
+
 def adaptation(text):
     """One of ADAPTATIONS, or both prompts, in alphabetical order."""
     methods = ",".join(sorted(text.split(",")))
@@ -287,6 +293,12 @@ def default_dtype(args, training):
     return "bf16" if gpu and training or args.model != "toy" and has_bf16(args.device) else "fp32"
 
 
+def data_options(args, names):
+    """What `load_task` is told of the sets `names` of one command. ValueError."""
+    return {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit,
+            "resize": args.resize, "words": own_words(names, args.class_names, args.template)}
+
+
 def add_shared_options(parser, *, training):
     """Add the options that both stages have, with the defaults of this stage."""
     def on_gpu(args):
@@ -303,6 +315,14 @@ def add_shared_options(parser, *, training):
     option("--data-root", metavar="DIR", path=True, resumable=True, help="the folder with the data sets, as "
            "torchvision lays them out; or with ImageNet's train/<class>/ and val/<class>/")
     option("--limit", type=number(int, 1), metavar="N", help="use at most N images of each set")
+    option("--class-names", metavar="FILE", path=True, help="of a folder, shards or cache: one a line, in "
+           "the order of its classes; or folder<TAB>name (default: as its folders are called)")
+    option("--template", metavar="TEXT|FILE", path=True, help="prompt of a folder, shards or cache, {} for "
+           "the class name; a file has one a line, of which the average is taken (default: This is a photo "
+           "of a {})")
+    option("--resize", type=resizing, metavar="N|none", help="of the shorter side of images in files, before "
+           "the centre is cropped (default: 256/224 of the model's resolution); none: images that are all of "
+           "one size stay as they are, and are attacked at it")
     option("--workers", min(8, os.cpu_count() or 1), type=number(int, 0, most=257), result=False,
            help="processes that decode images")
     option = partial(parser.option, parser.add_argument_group(

@@ -21,14 +21,16 @@ from tqdm import tqdm
 from harness import files, processes
 from harness.checkpoints import FORMAT, load_visual, read_checkpoint, save_checkpoint
 from harness.log import Log
-from harness.options import differences, doubts
+from harness.options import data_options, differences, doubts
 from harness.processes import DTYPES, LAUNCH, RANK, RESTARTS, WORLD, environment, gathered, rank0
-from harness.reports import at_chance, ball, draw_curves, draw_examples, markdown_table, try_to_draw
+from harness.reports import (at_chance, ball, draw_curves, draw_examples, guessing, markdown_table,
+                             nothing_readable, try_to_draw)
 from harness.trackers import Trackers
 from model import parts_of
 from tasks.contents import differing, fingerprint
 from tasks.loading import batches, on_device
-from tasks.sampling import training_order
+from tasks.sampling import few_shots, training_order
+from tasks.task import load_task, task_names
 
 NAME = ("model", "loss", "adapt", "seed")               # what the name of every run says
 PROMPTS = {"image-prompt": "border", "token-prompt": "tokens"}          # {--adapt: name in ImageEncoder}
@@ -38,13 +40,10 @@ class TrainingRun:
     """One run of train_tecoa.py, in one of its processes: args, settled; device; out, its folder;
     first_step, the step to begin with, 0 in a new run."""
 
-    def __init__(self, parser, load_data):
+    def __init__(self, parser):
         """Parse the command line, join the other processes, look into the folder. Ends the process where the
-        run is finished, with its table, and where something else is there, with one line and status 2.
-
-        load_data(args): (the Task to adapt on, [those to evaluate on], [held-out images of the first])."""
+        run is finished, with its table, and where something else is there, with one line and status 2."""
         processes.begin()
-        self.load_data = load_data
         self.parser, self.refusing, args = parser, parser.refusing, parser.parse_args()
         self.again, self.overwrite, self.checkpoint = args.resume is not None, args.overwrite, None
         with self.refusing():
@@ -140,7 +139,7 @@ class TrainingRun:
         if all(found["drawn"] for found in before):
             return ""                                   # by the sources
         try:
-            train, *others = self.load_data(self.args)
+            train, *others = load_data(self.args)
         except (ValueError, OSError) as error:
             return f"whether its images have changed since is not known: {error}"
         tasks = [train, *sum(others, [])]
@@ -250,6 +249,12 @@ class TrainingRun:
                 known.get("data", self.data[1:]) == self.data[1:]):
             return known
         results = make()
+        with self.refusing():
+            if nothing_readable(results):
+                raise ValueError(nothing_readable(results))
+        for name, row in (results["tasks"] | results.get("adapted", {})).items():
+            if guessing(row):
+                self.print(f"warning: {name}: {guessing(row)}")
         if RANK == 0:
             files.write_json(path, {"config": vars(self.args) | environment(self.device),
                                     "data": self.data[1:], **results})
@@ -516,6 +521,17 @@ class TrainingRun:
             tables = ({"CLIP": before} if before else {}) | {config["loss"]: after}
             print(markdown_table(tables, after.get("adapted", ())))
         print_warnings(after.get("warnings", ()))
+
+
+def load_data(args):
+    """(the Task to adapt on, [those to evaluate on], [held-out images of the first, if not among these])."""
+    names = task_names(args.tasks, args.dataset, args.data_root)
+    where = data_options(args, [args.dataset, *names])
+    tasks = [load_task(name, "val", **where) for name in names]
+    train = load_task(args.dataset, "train", **where)
+    train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
+    seen = not tasks or train.name in [task.name for task in tasks]
+    return train, tasks, [] if seen else [load_task(args.dataset, "val", **where)]
 
 
 def start_of(args):

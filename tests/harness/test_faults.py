@@ -228,7 +228,7 @@ def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos")
     pixels, labels = world.task("digits", "train", 60)
     for number, (image, label) in enumerate(zip(pixels, labels.tolist())):
-        path = root / "train" / f"class {label}" / f"{number}.png"
+        path = root / "train" / f"digit {label}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     shutil.copytree(root / "train", root / "val")

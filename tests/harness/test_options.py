@@ -18,7 +18,7 @@ from harness.training import NAME
 
 def parser_of_training():
     """train_tecoa.py trains when it is imported: its parser comes of what stands before its run begins."""
-    options, _ = (ROOT / "train_tecoa.py").read_text().split("\nrun = TrainingRun(parser, load_data)\n")
+    options, _ = (ROOT / "train_tecoa.py").read_text().split("\nrun = TrainingRun(parser)\n")
     scope = {"__name__": "train_tecoa"}
     exec(compile(options, "train_tecoa.py", "exec"), scope)
     return scope["parser"]

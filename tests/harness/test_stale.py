@@ -64,6 +64,7 @@ def test_a_finished_evaluation_is_shown_of_the_same_images_alone(photos, tmp_pat
     copy = elsewhere(photos, tmp_path / "copy")
     shown = evaluation(copy, out)
     assert again in shown and f"| folder:{copy} | 6 |" in shown and f"| folder:{photos} |" not in shown
+    assert f"folder:{copy}: val images of {copy}/val; " in shown
     photos = photos.rename(tmp_path / "renamed")
     assert again in evaluation(photos, out)
     cache = tmp_path / "cache.npy"

@@ -623,6 +623,10 @@ def test_evaluations_of_a_checkpoint_lie_beside_it_by_name_and_content(tmp_path)
     assert at("ckpt.pt", "--eps", 8).out.name == "eval-eps8"
     assert at("ckpt.pt", "--pretrained", "seed4").out.name == "eval-pretrainedseed4"
     assert at("ckpt.pt", alpha=.5).out.name == "eval-interpolate0.5"
+    # a file's name may have 255 bytes
+    (tmp_path / f"{'é' * 120}.pt").write_bytes(b"long")
+    long = {at(f"{'é' * 120}.pt", "--tasks", f"{'x,' * 80}{last}", "--steps", 7).out.name for last in "ab"}
+    assert len(long) == 2 and all(len(os.fsencode(name)) < 255 for name in long)
     before = at("ckpt.pt").identity
     (tmp_path / "ckpt.pt").write_bytes(b"another")
     after = at("ckpt.pt").identity

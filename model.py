@@ -82,9 +82,10 @@ def contradictions(one, other, start=""):
 
 def said_otherwise(clip, config):
     """What `config_beside` says of preprocessing and a CLIP does not have: {name: value}."""
-    said = (config or {}).get("preprocess_cfg", {})
+    said, here = (config or {}).get("preprocess_cfg", {}), clip.visual.preprocess_cfg
+    # as JSON, which has no tuples
     return {name: said[name] for name in ("mean", "std", "interpolation", "resize_mode")
-            if said.get(name) is not None and [*said[name]] != [*clip.visual.preprocess_cfg[name]]}
+            if said.get(name) is not None and json.dumps(said[name]) != json.dumps(here[name])}
 
 
 @functools.cache

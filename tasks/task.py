@@ -99,6 +99,8 @@ def load_task(name, split, *, size=224, data_root=None, limit=None, templates="p
     task = task._replace(template=template or task.template)
     if len(task.class_names) < 2:
         raise ValueError(f"{name} has only one class ({task.class_names[0]}): there is nothing to tell apart")
+    if limit is None and toy == "scans":                # as many as of the tasks that are drawn
+        limit = TOY_TEST
     if limit is not None and limit < len(task.images):
         n = len(task.images)
         task = task._replace(images=Subset(task.images, [i * n // limit for i in range(limit)]))

@@ -61,7 +61,7 @@ def command(tmp_path, monkeypatch, blank):
             tasks[task] = {"n": 200, "clean": clean, "robust": robust, "right": 2 * clean, "warnings":
                            ["odd"] * (task == "scans"),
                            "broken_by": {"pgd": 2 * clean - 2 * robust - 4, "square": 4}}
-        config = {"eps": float(options.get("--eps", 8)), "limit": int(options["--limit"]),
+        config = {"eps": float(options.get("--eps", 11)), "limit": int(options["--limit"]),
                   "tasks": options["--tasks"], "steps": int(options["--steps"]), "hardware": "2 CPU cores",
                   "python": "3", "torch": "2"}
         protocol = f"PGD-40; linf ε = {config['eps']:g}/255; 1 start"

@@ -96,7 +96,8 @@ def say(text):
 
 
 def model_config(name):
-    """open_clip's config of a model that has a file, or that is in a folder or on a hub: a dict."""
+    """open_clip's config of a model that has a file, or that is in a folder or on a hub: a dict. ValueError:
+    there is no such model."""
     if name.startswith(LOCAL_DIR):
         config = config_beside(name.removeprefix(LOCAL_DIR))
         if config is None:
@@ -105,7 +106,11 @@ def model_config(name):
     if name.startswith("hf-hub:"):
         import open_clip
         return open_clip.get_model_config(name)
-    return json.loads(open_clip_lists()[0][name].read_text())
+    files, _ = open_clip_lists()
+    if name not in files:
+        raise ValueError(f"unknown model {name!r}: expected toy, local-dir:PATH, hf-hub:ORG/REPO or a name "
+                         "from open_clip.list_models(), such as ViT-B-32-quickgelu")
+    return json.loads(files[name].read_text())
 
 
 @functools.cache
@@ -133,15 +138,13 @@ def check_pretrained(name, pretrained):
             check_tokenizer(name)
             weights_in(name.removeprefix(LOCAL_DIR))
         return
-    files, lists = open_clip_lists()
+    _, lists = open_clip_lists()
     if name == "toy":
         tags, known = "seed0, seed1, …", pretrained is None or re.fullmatch(r"seed[0-9]{1,10}", pretrained)
-    elif name in files:
+    else:
+        model_config(name)                              # is there
         tags = lists.list_pretrained_tags_by_model(name)
         tags, known = ", ".join(tags), pretrained in tags
-    else:
-        raise ValueError(f"unknown model {name!r}: expected toy, local-dir:PATH, hf-hub:ORG/REPO or a name "
-                         "from open_clip.list_models(), such as ViT-B-32-quickgelu")
     if not (known or pretrained == "none" or pretrained and os.path.isfile(pretrained)):
         raise ValueError(f"--pretrained {pretrained} for --model {name}: expected a file, none (random "
                          f"weights) or one of {tags}")

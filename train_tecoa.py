@@ -121,7 +121,7 @@ with run.refusing():
     torch.manual_seed(args.seed)                                            # of a linear head
     loss = LOSSES[args.loss].make(encoder, head, logit_scale)
     linear_head = {f"linear_head.{name}": p for name, p in loss.linear_head.named_parameters()}
-    run.claim(clip, train, [*tasks, *held_out], schedule_steps, warmup,
+    run.claim(clip, tokenizer, train, [*tasks, *held_out], schedule_steps, warmup,
               compares_images=LOSSES[args.loss].batch)
 
 # ------------------------------------------------------------------------------ the table before
@@ -154,7 +154,7 @@ run.print(f"{args.model} {args.pretrained or ''} on {device} in {args.dtype}, {W
           f"PGD-{args.steps}, {ball(args.norm, args.eps / 255, args.step_size / 255)}; {schedule_steps:,} "
           f"steps of training, {warmup:,} of warm-up.")
 before = run.table_before([*heads], lambda: zero_shot_table("CLIP"))
-examples = {"CLIP": attacked_examples(encoder, heads, logit_scale, tasks, attack)}
+examples = attacked_examples(encoder, heads, logit_scale, tasks, attack)
 if args.labels == "pseudo":
     train = relabelled(train, run.once("pseudo_labels", pseudo_labels))
 
@@ -217,5 +217,5 @@ for step, batch in enumerate(run.batches(train), run.first_step):
 torch.set_float32_matmul_precision("highest")
 freeze(loss.net)
 after = zero_shot_table(args.loss)
-examples[args.loss] = attacked_examples(encoder, heads, logit_scale, tasks, attack, chosen=examples["CLIP"])
-run.finish(before, after, examples)
+run.finish(before, after, examples, lambda: attacked_examples(encoder, heads, logit_scale, tasks, attack,
+                                                              chosen=examples))

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from attacks import attack_list
 from harness import files
-from harness.options import ByModel, data_options, differences, doubts, placeless
+from harness.options import ByModel, data_options, differences, doubts, placeless, unused
 from harness.processes import DTYPES, RANK, WORLD, environment, gathered, rank0
 from harness.reports import draw_examples, example_prompt, full_table, nothing_readable, try_to_draw
 from kernels.pgd_step import to_float
@@ -38,7 +39,7 @@ class EvaluationRun:
         ValueError: the folder holds something else, or the images have changed."""
         self.args, self.missing, self.device = args, missing, device
         self.protocol = protocol + f"; attacked in {args.dtype}, judged in fp32" * (args.dtype != "fp32")
-        self.out = folder(parser, args, known)
+        self.out, self.doubts = folder(parser, args, known), doubts(args) + unused(parser, args, known)
         self.save_adv = Path(args.save_adv) if args.save_adv else None
         self.identity = json.loads(json.dumps(parser.identity(args) | {"code": files.source_version()}))
         self.tasks = {task.name: task for task in tasks}
@@ -134,7 +135,7 @@ class EvaluationRun:
         (self.out / "results.json").unlink(missing_ok=True)             # all of it is in the journal
         for word, how in self.missing.items():
             print(f"not evaluated: {word}: {how}")
-        for text in doubts(self.args):                  # now, and with the results
+        for text in self.doubts:                        # now, and with the results
             print(f"warning: {text}", file=sys.stderr, flush=True)
         if any(done.values()):
             count, total = sum(map(len, done.values())), sum(self.counts.values())
@@ -154,10 +155,13 @@ class EvaluationRun:
         self.records[task.name] = {record["image"]: record | file_of(task, record["image"])
                                    for record in records}
         row = results["tasks"][task.name]
-        row["warnings"] = self.warnings.get(task.name, []) + row["warnings"]
+        gone = [name for name in attack_list(self.args.attack) if name not in row["attacks"]]
+        instead = [f"{', '.join(gone)} is undefined for {row['classes']} classes: in its place "
+                   f"{', '.join(row['attacks'])}"] if gone else []
+        row["warnings"] = self.warnings.get(task.name, []) + instead + row["warnings"]
         if RANK == 0:
             left = [name for name in self.counts if name not in self.records]
-            results["warnings"] = doubts(self.args) + (
+            results["warnings"] = self.doubts + (
                 [] if left else self.warning_of_a_plain_clip(results["mean"]["robust"]))
             more = {"missing": self.missing, "unfinished": left, "warnings": results["warnings"]}
             files.write_json(self.out / "results.json", {

@@ -287,6 +287,18 @@ def doubts(args):
     return found
 
 
+# options that change nothing but for one of these attacks
+USED_WITH = {"queries": ("square", "autoattack"), "step_size": ("pgd", "cw")}
+
+
+def unused(parser, args, known):
+    """What was asked for beside attacks of which it changes nothing, in words: a list. args, known:
+    of `settle`."""
+    idle = [word for word, names in USED_WITH.items() if not {*args.attack.split(",")} & {*names}]
+    return [f"--{word.replace('_', '-')} {getattr(args, word)} changes nothing: it is for --attack "
+            f"{' or '.join(USED_WITH[word])}" for word in parser.unusual(args, **known) if word in idle]
+
+
 def default_dtype(args, training):
     """bf16 where it is fast; not for the toy, which is too small to gain from it but in training on a GPU."""
     gpu = args.device.startswith("cuda")

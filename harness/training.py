@@ -27,6 +27,7 @@ from harness.reports import (at_chance, ball, draw_curves, draw_examples, guessi
                              nothing_readable, try_to_draw)
 from harness.trackers import Trackers
 from model import parts_of
+from prompts import prompt_warnings
 from tasks.contents import differing, fingerprint
 from tasks.loading import batches, on_device
 from tasks.sampling import few_shots, training_order
@@ -57,6 +58,7 @@ class TrainingRun:
             del self.args.resume, self.args.overwrite
             self.out = Path(args.out or f"out/{parser.name(self.args, NAME, **known)}")
             self.args.out, self.identity = str(self.out), parser.identity(self.args)
+            self.warnings = doubts(self.args)
             if begun and args.init and not Path(args.init).exists():
                 self.identity["init"] = self.checkpoint["training"]["identity"].get("init")
             self.device = processes.start(self.args)
@@ -149,7 +151,7 @@ class TrainingRun:
                  if (found := differing(task, old, fingerprint(task)))]
         return f"its images have changed since then: {'; '.join(words)}" if words else ""
 
-    def claim(self, clip, train, others, schedule_steps, warmup, *, compares_images):
+    def claim(self, clip, tokenizer, train, others, schedule_steps, warmup, *, compares_images):
         """Make the folder this run's alone, with a checkpoint to go on from. Ends the process if no step is
         left. train: the Task adapted on; others: those evaluated on; schedule_steps, warmup: steps of the
         whole schedule, and of its warm-up. compares_images: the loss compares an image with the others of its
@@ -178,9 +180,12 @@ class TrainingRun:
         if self.start and not self.first_step:
             self.start = self.weights_of_start()
         rank0(self.take_folder)
-        self.warnings = doubts(self.args) + hopeless(self.args, total_steps, warmup)
+        self.warnings += hopeless(self.args, total_steps, warmup)
         if RANK == 0:
             print_warnings(self.warnings)
+        # printed when the prompts were encoded
+        self.warnings += dict.fromkeys(f"{task.name}: {text}" for task in (train, *others) for text in
+                                       prompt_warnings(tokenizer, task.class_names, task.template))
         config = vars(self.args) | environment(self.device)
         rank0(lambda: self.trackers.start(self.out, config, self.first_step, bool(self.checkpoint)))
         if RANK > 0:
@@ -494,9 +499,10 @@ class TrainingRun:
         if any("loss" in row for row in self.log.rows):
             try_to_draw(draw_curves, self.out / "curves.png", {self.out.resolve().name: self.log.rows})
 
-    def finish(self, before, after, examples):
+    def finish(self, before, after, examples, attacked):
         """Write results.json, with which the run is over, print the tables, draw curves.png and examples.png,
-        end the process. before, after: of `evaluate_tasks`; examples: {label: of `attacked_examples`}."""
+        end the process. before, after: of `evaluate_tasks`; examples: of CLIP's `attacked_examples`,
+        attacked() → of the trained encoder's, called when no result hangs on it any more."""
         if RANK == 0:
             facts = {"config": vars(self.args) | environment(self.device), "identity": self.identity,
                      "code": files.source_version(), "data": self.data, "step": self.total_steps,
@@ -507,8 +513,10 @@ class TrainingRun:
             self.print_tables(before, after)
             self.trackers.report(self.total_steps, after)
             self.draw_curves()
-            if all(examples.values()):
-                try_to_draw(draw_examples, self.out / "examples.png", examples, self.args.eps)
+            if examples:
+                def draw(path):
+                    draw_examples(path, {"CLIP": examples, self.args.loss: attacked()}, self.args.eps)
+                try_to_draw(draw, self.out / "examples.png")
             print(f"\nwrote {self.out}/: " + ", ".join(path.name for path in sorted(self.out.iterdir())
                                                        if path.is_file()))
         processes.end()

@@ -300,14 +300,15 @@ def options_of_random_command_lines(folder, whole):
             "--norm": ["linf", "l2", "l1"], "--eps": numbers, "--steps": ["1", "2", "0", "x"],
             "--step-size": numbers, "--batch-size": numbers, "--device": ["cpu", "cuda:99", "meta", ""],
             "--dtype": ["fp32", "bf16", "int8"], "--kernels": ["auto", "triton", "torch", "x"],
-            "--limit": numbers, "--out": paths, "--overwrite": [None]}
+            "--limit": numbers, "--out": paths, "--overwrite": [None], "--class-names": paths,
+            "--template": ["a {}", "{}", "a", "{} {}", *paths], "--resize": [*numbers, "none"]}
     train = both | {"--dataset": tasks, "--loss": [*LOSSES, "x"], "--labels": ["true", "pseudo"],
                     "--adapt": [*ADAPTATIONS, "full,linear", ""], "--shots": numbers,
                     "--last-blocks": numbers, "--border": numbers, "--tokens": numbers,
                     "--accumulate": numbers, "--lr": numbers,
                     "--max-steps": ["1", "0", "x"], "--warmup": numbers, "--optimizer": ["sgd", "adamw", "x"],
                     "--weight-decay": numbers, "--save-every": [*numbers, "1m", "0m", "m"],
-                    "--max-nonfinite": numbers, "--resume": [*paths, None]}
+                    "--max-nonfinite": numbers, "--resume": [*paths, None], "--init": paths}
     evaluate = both | {"--ckpt": paths, "--attack": ["pgd", "cw", "apgd-t", "square", "x", "pgd,pgd", ""],
                        "--queries": ["1", "0"], "--restarts": ["1", "0"], "--last-iterate": [None],
                        "--templates": ["paper", "openai", "x"], "--interpolate": ["0", "0,1", "2", ""],

@@ -1,4 +1,5 @@
 """Training that is killed, stopped or typed again goes on to the same bits and writes over nothing."""
+import contextlib
 import json
 import math
 import os
@@ -409,6 +410,7 @@ def test_a_table_of_other_tasks_is_not_taken_over(tmp_path):
     run = TrainingRun.__new__(TrainingRun)
     run.out, run.checkpoint, run.device = tmp_path, {"step": 1}, torch.device("cpu")
     run.args, run.data = SimpleNamespace(seed=0), ["of train", "of b", "of a"]
+    run.refusing = contextlib.nullcontext
     made = {"tasks": {"b": {}}}
     write_json(tmp_path / "results_before.json", {"tasks": {"a": {}}, "adapted": {"b": {}}})
     assert run.table_before(["b", "a"], None)["tasks"] == {"a": {}}

@@ -38,8 +38,8 @@ def trained(small_clip, once):
     """A short but real adaptation of a briefly pretrained toy CLIP: (its folder, what it printed)."""
     def make(out):
         done = here("train_tecoa.py", "--pretrained", small_clip, "--tasks", "unseen,colours",
-                    "--limit", 500, "--batch-size", 32, "--epochs", 4, "--warmup", 25, "--eval-steps", 5, *CPU,
-                    "--out", out)
+                    "--limit", 500, "--batch-size", 32, "--epochs", 4, "--warmup", 25, "--eval-steps", 5,
+                    *CPU, "--out", out)
         Path(f"{out}.stdout").write_text(done.stdout)
     out = once("trained", make)
     return out, Path(f"{out}.stdout").read_text()

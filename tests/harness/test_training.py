@@ -411,11 +411,12 @@ def test_a_table_of_other_tasks_is_not_taken_over(tmp_path):
     run.out, run.checkpoint, run.device = tmp_path, {"step": 1}, torch.device("cpu")
     run.args, run.data = SimpleNamespace(seed=0), ["of train", "of b", "of a"]
     run.refusing = contextlib.nullcontext
-    made = {"tasks": {"b": {}}}
+    row = {"n": 4, "right": 4, "chance": 50}
+    made = {"tasks": {"b": row}}
     write_json(tmp_path / "results_before.json", {"tasks": {"a": {}}, "adapted": {"b": {}}})
     assert run.table_before(["b", "a"], None)["tasks"] == {"a": {}}
     assert run.table_before(["b"], lambda: made) == made
-    assert json.loads((tmp_path / "results_before.json").read_text())["tasks"] == {"b": {}}
+    assert json.loads((tmp_path / "results_before.json").read_text())["tasks"] == {"b": row}
     run.data = ["of train", "of other images of b", "of a"]
     assert run.table_before(["b"], lambda: made | {"new": True})["new"]
     (tmp_path / "results_before.json").write_text("half a fi")

@@ -25,10 +25,10 @@ from harness.checkpoints import export_clip, load_visual, read_checkpoint
 from harness.evaluation import EvaluationRun, choose_examples, load_tasks, phase, progress, settle, shared
 from harness.options import ByModel, Parser, add_shared_options, number, shares
 from harness.processes import DTYPES, RANK, rank0, rank0_first
-from harness.reports import mean, summary
+from harness.reports import about, ball, mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
 from kernels.pgd_step import to_float
-from model import ImageEncoder, image_size, judging, load_clip, predict
+from model import ImageEncoder, judging, load_clip, predict
 from prompts import encode_head
 from tasks.task import image_numbers
 
@@ -45,7 +45,7 @@ def protocol(options):
     standard = {"names": [*AUTOATTACK], "steps": 100, "queries": 5000, "restarts": 1}
     known = "AutoAttack standard (2020) without FAB-T: " * (standard.items() <= options.items())
     return (known + ", ".join(words)
-            + f"; {options['norm']} ε = {255 * options['eps']:g}/255; {options['restarts']} random start(s); "
+            + f"; {ball(**options)}; {options['restarts']} random start(s); "
             f"robust = right at {'the last' if options['last_iterate'] else 'every'} iterate of every attack")
 
 
@@ -136,8 +136,8 @@ def evaluate(encoder, head, logit_scale, task, options, *, batch_size, workers=0
     encoder: x [B,3,H,W] → z [B,D]; head: [K,D]; options: of `run_attacks`. A record's keys: image (its
     number), label, clean (the class predicted, −1: NaN); if that is right also adversarial (likewise, of the
     attacked image), by (the attack that broke it, or None), at, passes, zero, uphill as in `run_attacks`; for
-    some that gradient attacks left standing, if `probe`, probe (whether a short Square breaks them, which
-    leads to a warning and counts for nothing else). An image that cannot be read has image and error alone.
+    some that gradient attacks left standing, if `probe`, probe (whether a short Square breaks them: counts
+    for a warning alone); if `keep`, crc32 of its pixels. One that cannot be read has image and error alone.
     done: {number: record} of an earlier run. keep(task, records, tensors): called after each batch."""
     numbers, records = image_numbers(task), dict(done or {})
     share = partial(shared, task=task, batch_size=batch_size, workers=workers, device=head.device, keep=keep)
@@ -173,7 +173,7 @@ def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, done=N
             names, head = defined(options["names"], len(heads[task.name])), heads[task.name]
             records = evaluate(watched, head, logit_scale, task, options | {"names": names}, bar=bar,
                                done=done.get(task.name), **more)
-            results["tasks"][task.name] = summary(records, names, len(head), half) | {"source": task.source}
+            results["tasks"][task.name] = summary(records, names, len(head), half) | about(task)
             results["mean"] = mean({name: row for name, row in results["tasks"].items()
                                     if name not in EXTRA or len(tasks) == 1})
             if after is not None:
@@ -209,8 +209,8 @@ def make_parser():
     option("--examples", False, action="store_true", result=False, help="draw attacked images (default: no)")
     option("--save-adv", metavar="DIR", result=False, help="keep the attacked images in DIR/<task>/*.npz: x "
            "(uint8), x_adv (fp32), image, label, adversarial (default: no)")
-    option("--export", metavar="DIR", result=False, help="write DIR/open_clip_model.safetensors, which "
-           "open_clip loads; --tasks none for that alone (default: no)")
+    option("--export", metavar="DIR", result=False, help="write weights and configuration for open_clip, and "
+           "for --model local-dir:DIR; --tasks none for that alone (default: no)")
     return parser
 
 
@@ -220,15 +220,15 @@ def evaluate_command(parser, args, device, alpha):
         checkpoint = read_checkpoint(args.ckpt, args.model) if args.ckpt else {"config": {}}
         args, known = settle(parser, args, checkpoint, alpha)
         names = attack_list(args.attack, args.last_iterate)
-        tasks, missing = load_tasks(args.tasks, args.model, size=image_size(args.model, args.pretrained),
-                                    data_root=args.data_root, limit=args.limit, templates=args.templates)
+        tasks, missing = load_tasks(args)
         if not tasks and not args.export:
             raise ValueError(f"--tasks {args.tasks}: nothing to evaluate under {args.data_root}")
         options = {"names": names, "eps": args.eps / 255, "norm": args.norm, "restarts": args.restarts,
                    "seed": args.seed, "last_iterate": args.last_iterate, "steps": args.steps,
                    "step_size": args.step_size / 255, "queries": args.queries}
         run = EvaluationRun(parser, args, known, tasks, missing, protocol(options), device) if tasks else None
-        label = (args.ckpt or f"{args.model} {args.pretrained}") + f", α = {alpha:g}," * (alpha != 1)
+        label = args.ckpt or " ".join(filter(None, (args.model, args.pretrained)))
+        label += f", α = {alpha:g}," * (alpha != 1)
         if run and run.finished and not (args.export or args.examples):
             return run.report(label, run.finished)
 
@@ -239,7 +239,7 @@ def evaluate_command(parser, args, device, alpha):
         if args.export:
             rank0(lambda: export_clip(clip, args.model, args.export, checkpoint.get("prompts")))
         if run and not run.finished:
-            run.begin()
+            run.begin(tokenizer)
     if not run:
         return None
 

@@ -19,6 +19,8 @@ from torch import nn
 
 from kernels.contrastive_loss import contrast
 
+CONFIG, LOCAL_DIR = "open_clip_config.json", "local-dir:"           # open_clip's, beside weights in a file
+
 
 # open_clip takes two seconds to import: only what computes with a model does it, so that a command line that
 # is refused is refused at once
@@ -35,17 +37,89 @@ def open_clip_lists():
     return files, importlib.import_module("open_clip_lists.pretrained")
 
 
+def config_beside(path):
+    """What open_clip_config.json says that lies beside a file of weights, or in a folder: {"model_cfg": …,
+    "preprocess_cfg": …}; None: there is none. ValueError: it says nothing of the kind."""
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / CONFIG
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text())
+        sizes = [config["model_cfg"][tower] for tower in ("vision_cfg", "text_cfg")]
+        constants = config.setdefault("preprocess_cfg", {})
+        mean, std = ([*map(float, constants.get(name) or [.5] * 3)] for name in ("mean", "std"))
+        fine = all(isinstance(part, dict) for part in sizes) and len(mean) == len(std) == 3
+    except (ValueError, OSError, KeyError, TypeError, AttributeError):
+        fine = False
+    if not fine:
+        raise ValueError(f"{file} is not a configuration of open_clip's, with model_cfg and preprocess_cfg")
+    if not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std)):
+        raise ValueError(f"{file}: mean {mean} and std {std} are not of pixels in [0,1]")
+    return config
+
+
+def weights_in(folder):
+    """The file of a local-dir: model's weights, as open_clip chooses it. ValueError: none, or several."""
+    names = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
+             "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "model.safetensors",
+             "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+    found = [file for kind in ("safetensors", "bin", "pth") for file in Path(folder).glob(f"*.{kind}")]
+    best = min(found, key=lambda file: [*names, file.name].index(file.name), default=None)
+    if best is None or best.name not in names and len(found) > 1:
+        what = f"any of {', '.join(sorted(file.name for file in found)[:5])}" if found else "no weights"
+        raise ValueError(f"--model {LOCAL_DIR}{folder} has {what}: expected {names[0]}, or a single file")
+    return best
+
+
+def contradictions(one, other, start=""):
+    """What two configs of models say otherwise, in words: a list. What one does not say is not compared."""
+    found = []
+    for key in one.keys() & other.keys():
+        if isinstance(one[key], dict) and isinstance(other[key], dict):
+            found += contradictions(one[key], other[key], f"{start}{key}.")
+        elif one[key] != other[key] and not key.startswith("hf_"):
+            found.append(f"{start}{key} {one[key]} (--model has {other[key]})")
+    return sorted(found)
+
+
+def said_otherwise(clip, config):
+    """What `config_beside` says of preprocessing and a CLIP does not have: {name: value}."""
+    said, here = (config or {}).get("preprocess_cfg", {}), clip.visual.preprocess_cfg
+    # as JSON, which has no tuples
+    return {name: said[name] for name in ("mean", "std", "interpolation", "resize_mode")
+            if said.get(name) is not None and json.dumps(said[name]) != json.dumps(here[name])}
+
+
+@functools.cache
+def say(text):
+    """Print it, once and in process 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
 def model_config(name):
-    """open_clip's config of a model that has a file, or that is on a hub: a dict."""
+    """open_clip's config of a model that has a file, or that is in a folder or on a hub: a dict. ValueError:
+    there is no such model."""
+    if name.startswith(LOCAL_DIR):
+        config = config_beside(name.removeprefix(LOCAL_DIR))
+        if config is None:
+            raise ValueError(f"--model {name}: there is no {CONFIG}")
+        return config["model_cfg"]
     if name.startswith("hf-hub:"):
         import open_clip
         return open_clip.get_model_config(name)
-    return json.loads(open_clip_lists()[0][name].read_text())
+    files, _ = open_clip_lists()
+    if name not in files:
+        raise ValueError(f"unknown model {name!r}: expected toy, local-dir:PATH, hf-hub:ORG/REPO or a name "
+                         "from open_clip.list_models(), such as ViT-B-32-quickgelu")
+    return json.loads(files[name].read_text())
 
 
 @functools.cache
 def say_source(name, pretrained):
     """Print, once and in process 0 alone, where open_clip takes weights and some tokenizers from."""
+    if name.startswith(LOCAL_DIR):
+        return
     if name.startswith("hf-hub:"):
         weights, tokenizer = {"hf_hub": name.removeprefix("hf-hub:")}, None
     else:
@@ -53,25 +127,26 @@ def say_source(name, pretrained):
         tokenizer = model_config(name)["text_cfg"].get("hf_tokenizer_name")
     source = f"huggingface.co/{weights['hf_hub'].strip('/')}" if weights.get("hf_hub") else weights.get("url")
     places = " and ".join(filter(None, [source, tokenizer and f"huggingface.co/{tokenizer} (tokenizer)"]))
-    if places and os.environ.get("RANK", "0") == "0":
-        print(f"{name} {pretrained or ''} is from {places}, or its copy in the cache", flush=True)
+    if places:
+        say(f"{name} {pretrained or ''} is from {places}, or its copy in the cache")
 
 
 def check_pretrained(name, pretrained):
     """ValueError if name or pretrained are unknown, or differ in QuickGELU, of which open_clip only warns."""
-    if name.startswith("hf-hub:"):
+    for kind in [kind for kind in ("hf-hub:", LOCAL_DIR) if name.startswith(kind)]:
         if pretrained:
-            raise ValueError(f"--pretrained {pretrained}: an hf-hub: model brings its own weights")
+            raise ValueError(f"--pretrained {pretrained}: an {kind} model brings its own weights")
+        if kind == LOCAL_DIR:
+            check_tokenizer(name)
+            weights_in(name.removeprefix(LOCAL_DIR))
         return
-    files, lists = open_clip_lists()
+    _, lists = open_clip_lists()
     if name == "toy":
         tags, known = "seed0, seed1, …", pretrained is None or re.fullmatch(r"seed[0-9]{1,10}", pretrained)
-    elif name in files:
+    else:
+        model_config(name)                              # is there
         tags = lists.list_pretrained_tags_by_model(name)
         tags, known = ", ".join(tags), pretrained in tags
-    else:
-        raise ValueError(f"unknown model {name!r}: expected toy, hf-hub:ORG/REPO or a name from "
-                         "open_clip.list_models(), such as ViT-B-32-quickgelu")
     if not (known or pretrained == "none" or pretrained and os.path.isfile(pretrained)):
         raise ValueError(f"--pretrained {pretrained} for --model {name}: expected a file, none (random "
                          f"weights) or one of {tags}")
@@ -80,6 +155,31 @@ def check_pretrained(name, pretrained):
         if quick != bool(model_config(name).get("quick_gelu")):
             how = f"with it, which is --model {name}-quickgelu" if quick else f"without it, but {name} has it"
             raise ValueError(f"QuickGELU mismatch: the weights {pretrained} were trained {how}")
+    elif pretrained != "none" and not known:
+        check_file(name, pretrained)
+    check_tokenizer(name)
+
+
+def check_file(name, path):
+    """ValueError if open_clip_config.json beside a file of weights says another model than `name`."""
+    config = config_beside(path)
+    if config is None:
+        if name != "toy":
+            say(f"{path} has no {CONFIG} beside it: mean and std are OpenAI's")
+        return
+    wrong = contradictions(*({"quick_gelu": False} | one
+                             for one in (config["model_cfg"], model_config(name))))
+    if wrong:
+        what = "QuickGELU mismatch: " * any(text.startswith("quick_gelu") for text in wrong)
+        raise ValueError(f"{what}{CONFIG} beside {path} says {', '.join(wrong[:3])}: take --model "
+                         f"{LOCAL_DIR}{Path(path).parent} instead")
+
+
+def check_tokenizer(name):
+    """ValueError if a model's tokenizer needs a package that is not there."""
+    if model_config(name)["text_cfg"].get("hf_tokenizer_name") and find_spec("transformers") is None:
+        raise ValueError(f"the tokenizer of --model {name} needs the package transformers: pip install "
+                         "transformers")
 
 
 def image_size(name, pretrained=None):
@@ -107,9 +207,10 @@ def refuse_damaged(path):
 def load_clip(name, pretrained=None, device="cpu", seed=0):
     """The frozen CLIP `name` in fp32 on device, and its tokenizer.
 
-    name: an open_clip model, `hf-hub:org/repo`, or `toy`. pretrained: an open_clip tag, a file (a state dict,
-    alone, as .safetensors or inside open_clip's training checkpoint), or `none` for random weights, drawn by
-    the seed; of `toy` seed0, seed1, … (pretrained on first use), None: seed<seed>. ValueError if it cannot be
+    name: an open_clip model, `local-dir:PATH`, `hf-hub:org/repo`, or `toy`. pretrained: an open_clip tag, a
+    file (a state dict, alone, as .safetensors or inside open_clip's training checkpoint; mean and std are
+    those of open_clip_config.json beside it, or else OpenAI's), or `none` for random weights, drawn by the
+    seed; of `toy` seed0, seed1, … (pretrained on first use), None: seed<seed>. ValueError if it cannot be
     had, is not a ViT with a class token, or has not the activation of its weights."""
     image_size(name, pretrained)
     import open_clip
@@ -118,24 +219,59 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
     from toy import pretrain
     if name == "toy":
         pretrain.register()
+    if name == "toy" and pretrained and Path(pretrained).resolve().parent == Path(pretrain.__file__).parent:
+        pretrained = Path(pretrained).stem      # of those that ship, which are packed
     if name == "toy" and not (pretrained == "none" or pretrained and os.path.isfile(pretrained)):
         pretrained = str(pretrain.pretrained_file(pretrain.seed_of(pretrained) if pretrained else seed))
-    if pretrained and os.path.isfile(pretrained):
-        refuse_damaged(pretrained)
+    file = weights_in(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else pretrained
+    file = file if file and os.path.isfile(file) else None
+    if file:
+        refuse_damaged(file)
     torch.manual_seed(seed)
     logging.disable()                           # open_clip logs what it does
     try:
+        tokenizer = open_clip.get_tokenizer(name)
         clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
     except Exception as error:                  # open_clip raises many kinds, some over many lines
         said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"cannot load --model {name} --pretrained {pretrained}: {said}") from None
+        if "weights_only" in said:              # PyTorch's advice is to run the code in it
+            said = "it is no file of weights, or has more in it than those"
+        other = (". A checkpoint of a training run, or an image encoder alone, is given as --ckpt, in "
+                 "training as --init") * bool(pretrained and file)
+        raise ValueError(f"cannot load --model {name}{f' --pretrained {pretrained}' * bool(pretrained)}: "
+                         f"{said}{other}") from None
     finally:
         logging.disable(logging.NOTSET)
     visual = clip.visual
     if not isinstance(visual, VisionTransformer) or visual.attn_pool is not None or visual.pool_type != "tok":
         raise ValueError(f"--model {name}: its image encoder is not a vision transformer with a class token")
-    refuse_openai_weights_without_quickgelu(clip, clip.state_dict(), f"--pretrained {pretrained}", name)
-    return clip.requires_grad_(False).eval().to(device), open_clip.get_tokenizer(name)
+    refuse_openai_weights_without_quickgelu(clip, clip.state_dict(), file or f"--pretrained {pretrained}",
+                                            name)
+    if file:
+        check_positions(clip, file)
+    if file and pretrained:                     # then open_clip knows nothing of it
+        changed = said_otherwise(clip, config_beside(file))
+        visual.preprocess_cfg |= changed
+        if changed:
+            say(f"{file}: {', '.join(f'{name} {value}' for name, value in changed.items())}, as {CONFIG} "
+                "beside it says")
+    cfg = visual.preprocess_cfg
+    if (cfg["interpolation"], cfg["resize_mode"]) != ("bicubic", "shortest"):
+        say(f"{name} {pretrained or ''} was trained on images resized otherwise ({cfg['interpolation']}, "
+            f"{cfg['resize_mode']}): here bicubically, by the shorter side, and cropped")
+    return clip.requires_grad_(False).eval().to(device), tokenizer
+
+
+def check_positions(clip, file):
+    """ValueError if the positional embeddings in a file of weights are of another shape than the CLIP's, as
+    of another resolution: open_clip interpolates them, and says so nowhere."""
+    from open_clip.factory import load_state_dict
+    state, here = load_state_dict(file), clip.state_dict()
+    for name in ("visual.positional_embedding", "positional_embedding"):
+        saved, wanted = (tuple(s[name].shape) if name in s else None for s in (state, here))
+        if saved and wanted and saved != wanted:
+            raise ValueError(f"{file} has a {name} of {saved}, and its configuration wants {wanted}: of "
+                             "another resolution or length of text")
 
 
 def are_openai_weights(state):
@@ -158,7 +294,9 @@ def refuse_openai_weights_without_quickgelu(clip, state, source, name):
     from open_clip.transformer import QuickGELU
     if QuickGELU not in map(type, clip.visual.modules()) and are_openai_weights(state):
         raise ValueError(f"QuickGELU mismatch: the text encoder of {source} is OpenAI's, trained with "
-                         f"QuickGELU, which --model {name} lacks: take --model {name}-quickgelu")
+                         f"QuickGELU, which --model {name} lacks: " + (
+                             f"say quick_gelu in its {CONFIG}" if name.startswith(LOCAL_DIR) else
+                             f"take --model {name}-quickgelu"))
 
 
 # ------------------------------------------------------------------------------ pixels → features

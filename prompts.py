@@ -1,6 +1,9 @@
 """Everything that is a prompt: class names and text templates → the zero-shot head."""
+import functools
+import os
+import re
 import sys
-from collections import Counter
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -40,21 +43,70 @@ def clean_class_name(name):
     return " ".join(name.lower().replace("_", " ").replace("-", " ").replace("/", " ").split())
 
 
+# what says nothing to a text encoder, as a whole name after `clean_class_name`
+MEANINGLESS = {
+    "numbers": r"[-+\d.,]*\d[\d.,]*",
+    "numbered, not named": r"c\d+|(cls|class|label|category|id|folder|fold|object|species) ?\d+",
+    "WordNet ids, none of ImageNet's": r"n\d{8}", "ids": r"q\d+|[mg][ .]0[a-z0-9 ]+",
+    "hashes": r"(?=[ a-z]*\d)(?=[ \d]*[a-f])[0-9a-f]{7,}( [0-9a-f]{4,})*",
+    "without letters or digits": r"\W*"}
+
+
+def prompt_warnings(tokenizer, class_names, template):
+    """In words, a list: which class names say nothing to a text encoder, and which prompts it cannot tell
+    apart, as no token differs among those that it reads. template: as of `encode_head`."""
+    templates = [template] if isinstance(template, str) else template
+    kinds = {kind: [name for name in class_names if re.fullmatch(pattern, clean_class_name(name))]
+             for kind, pattern in MEANINGLESS.items()}
+    if re.search(r"\b(number|digit|numeral)\b", templates[0].lower()):         # a photo of the digit 7
+        del kinds["numbers"]
+    said = [f"{len(found)} of {len(class_names)} class names are {kind}: {listed(found)}; --class-names FILE "
+            "gives others" for kind, found in kinds.items() if found]
+    if not said and len({re.sub(r"\d+", "", name) for name in class_names}) == 1 < len(class_names) and (
+            "numbers" in kinds):
+        said = [f"all class names differ in numbers alone: {listed(class_names)}; --class-names FILE gives "
+                "others"]
+    groups = [range(len(class_names))]                  # of classes that no template so far tells apart
+    for template in templates:
+        parts = defaultdict(list)
+        for number, group in enumerate(groups):
+            prompts = [template.replace("{}", clean_class_name(class_names[i])) for i in group]
+            for i, tokens in zip(group, tokenizer(prompts).tolist()):
+                parts[number, tuple(tokens)].append(i)
+        groups = [group for group in parts.values() if len(group) > 1]
+    same = [class_names[i] for group in groups for i in group]
+    if same:
+        said.append(f"{len(same)} class names make prompts of the same tokens, which nothing can tell apart: "
+                    f"{listed(same)}")
+    return said
+
+
+@functools.cache
+def warn_once(text):
+    """Print a warning, once, and in process 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def listed(names, most=5):
+    """Names in a warning, one line whatever they hold."""
+    return ", ".join(repr(name[:60]) for name in names[:most]) + ", …" * (len(names) > most)
+
+
 @torch.no_grad()
 def encode_head(clip, tokenizer, class_names, template):
-    """The zero-shot head: unit text embeddings of `template.format(name)`, fp32 [K, D] on the model's device.
+    """The zero-shot head: unit text embeddings of `template` with each class name for its {}, fp32 [K, D] on
+    the model's device.
 
     template: a str, or a list of them (an ensemble): then the unit mean of their unit embeddings. Encoded
     once per task and kept: the text encoder is frozen, so the head never changes."""
     templates, heads = [template] if isinstance(template, str) else template, []
     names = [clean_class_name(name) for name in class_names]
-    repeated = sorted(prompt for prompt, n in Counter(map(templates[0].format, names)).items() if n > 1)
-    if repeated:
-        print(f"warning: {len(repeated)} prompts stand for more than one class, which nothing can tell "
-              f"apart: {repeated[:3]}", file=sys.stderr)
+    for text in prompt_warnings(tokenizer, class_names, template):
+        warn_once(text)
     device = clip.logit_scale.device
     for template in templates:
-        rows = [clip.encode_text(tokenizer([template.format(name) for name in names[i:i + 256]]).to(device))
-                for i in range(0, len(names), 256)]
+        prompts = [template.replace("{}", name) for name in names]
+        rows = [clip.encode_text(tokenizer(prompts[i:i + 256]).to(device)) for i in range(0, len(names), 256)]
         heads.append(F.normalize(torch.cat(rows).float(), dim=-1))
     return heads[0] if len(heads) == 1 else F.normalize(torch.stack(heads).mean(0), dim=-1)

@@ -24,12 +24,12 @@ from attacks import image_keys, pgd
 from eval_zeroshot import attacked_examples, evaluate, evaluate_tasks
 from harness.options import ByModel, Parser, adaptation, add_shared_options, cadence, number
 from harness.processes import DTYPES, WORLD, rank0_first
-from harness.training import TrainingRun
+from harness.reports import ball
+from harness.training import TrainingRun, load_data
 from losses import LOSSES
 from model import ImageEncoder, adapt, check_adaptation, freeze, image_size, load_clip, unfreeze
 from prompts import encode_head
-from tasks.sampling import few_shots, relabelled
-from tasks.task import load_task, task_names
+from tasks.sampling import relabelled
 
 # ------------------------------------------------------------------------------ options
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, momentum=.9, fused=True),           # the paper's
@@ -74,7 +74,11 @@ option("--lr", lambda args: prompts_lr(args) if "prompt" in args.adapt else weig
        "toy: 0.014; adamw: 1e-05, toy: 0.0005; prompts: 40, toy: 10, adamw: 0.1)")
 option("--weight-decay", lambda args: 0. if args.optimizer == "sgd" else 1e-4, type=number(float, 0),
        help="of what trains (default: 0; adamw: 1e-4, FARE's)")
-option("--warmup", ByModel(1000, 25), type=number(int, 0), help="steps of linear warm-up, then cosine to 0")
+option("--warmup", type=number(int, 0), metavar="N", help="steps of linear warm-up, then cosine to 0 "
+       "(default: 1000, the paper's; toy: 25; at most a tenth of the run)")
+option("--init", metavar="FILE", path=True, help="train from the image encoder or visual prompts of this "
+       "checkpoint, ours or a published one (docs/checkpoints.md); --pretrained stays the original CLIP "
+       "(default: from that)")
 option("--eval-steps", 40, type=number(int, 1), help="PGD steps, of ε/4, for the two tables")
 option("--save-every", "5m", type=cadence, metavar="N|Nm", result=False, help="write ckpt.pt every N steps, "
        "or every N minutes; and at the end")
@@ -83,6 +87,7 @@ option("--max-nonfinite", 1, type=number(int, 1), metavar="N", result=False, hel
 option("--resume", nargs="?", const="", metavar="RUN", result=False, help="go on with the run in this "
        "folder, or from its checkpoint; alone: with the run of this command line, if it has begun (default: "
        "a new run)")
+
 run = TrainingRun(parser)
 args, device = run.args, run.device                     # settled: nothing below changes them
 
@@ -99,20 +104,15 @@ with run.refusing():
                          f"in {args.accumulate} micro-batch(es) each")
     if LOSSES[args.loss].batch and args.batch_size == WORLD * args.accumulate:
         raise ValueError(f"--loss {args.loss} contrasts the images of a batch: one alone has no others")
-    where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root,
-             "limit": args.limit}
     check_adaptation(args.adapt.split(","), args.model, last_blocks=args.last_blocks, border=args.border)
-    tasks = [load_task(name, "val", **where) for name in task_names(args.tasks, args.dataset, args.data_root)]
-    train = load_task(args.dataset, "train", **where)
-    train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
-    seen = not tasks or train.name in [task.name for task in tasks]
-    held_out = [] if seen else [load_task(args.dataset, "val", **where)]
+    train, tasks, held_out = load_data(args)
     # the ragged last batch is left out
     steps_per_epoch = len(train.images) // args.batch_size
     if not steps_per_epoch:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.images)} images of "
                          f"{train.name}")
     schedule_steps = args.epochs * steps_per_epoch
+    warmup = min(ByModel(1000, 25)(args), schedule_steps // 10) if args.warmup is None else args.warmup
 
     clip, tokenizer = rank0_first(lambda: load_clip(args.model, args.pretrained, device, args.seed))
     encoder = ImageEncoder(clip, DTYPES[args.dtype])                        # F_θ: x [B,3,H,W] → z [B,D]
@@ -121,14 +121,14 @@ with run.refusing():
     torch.manual_seed(args.seed)                                            # of a linear head
     loss = LOSSES[args.loss].make(encoder, head, logit_scale)
     linear_head = {f"linear_head.{name}": p for name, p in loss.linear_head.named_parameters()}
-    run.claim(clip, train, min(schedule_steps, args.max_steps or schedule_steps),
+    run.claim(clip, tokenizer, train, [*tasks, *held_out], schedule_steps, warmup,
               compares_images=LOSSES[args.loss].batch)
 
 # ------------------------------------------------------------------------------ the table before
 heads = {task.name: encode_head(clip, tokenizer, task.class_names, task.template)
          for task in [*tasks, *held_out]}
-attack = {"names": ["pgd"], "eps": args.eps / 255, "steps": args.eval_steps, "step_size": args.eps / 4 / 255,
-          "norm": args.norm, "seed": args.seed}
+attack = {"names": ["pgd"], "eps": args.eps / 255, "steps": args.eval_steps, "norm": args.norm,
+          "step_size": args.eps / min(4, args.eval_steps) / 255, "seed": args.seed}
 
 
 def zero_shot_table(label):
@@ -151,9 +151,10 @@ def pseudo_labels():
 
 run.print(f"{args.model} {args.pretrained or ''} on {device} in {args.dtype}, {WORLD} process(es). Adapting "
           f"on {train.name}: {len(train.images):,} images, {len(train.class_names)} classes; {args.loss}, "
-          f"PGD-{args.steps}, {args.norm} ε = {args.eps:g}/255.")
+          f"PGD-{args.steps}, {ball(args.norm, args.eps / 255, args.step_size / 255)}; {schedule_steps:,} "
+          f"steps of training, {warmup:,} of warm-up.")
 before = run.table_before([*heads], lambda: zero_shot_table("CLIP"))
-examples = {"CLIP": attacked_examples(encoder, heads, logit_scale, tasks, attack)}
+examples = attacked_examples(encoder, heads, logit_scale, tasks, attack)
 if args.labels == "pseudo":
     train = relabelled(train, run.once("pseudo_labels", pseudo_labels))
 
@@ -177,9 +178,9 @@ if args.compile:
 
 def lr_at(step):
     """The learning rate as a share of its peak: linear warm-up, then cosine to 0."""
-    if step < args.warmup:
-        return (step + 1) / args.warmup
-    return (1 + math.cos(math.pi * (step - args.warmup) / (schedule_steps - args.warmup))) / 2
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / (schedule_steps - warmup))) / 2
 
 
 # ------------------------------------------------------------------------------ training loop
@@ -216,5 +217,5 @@ for step, batch in enumerate(run.batches(train), run.first_step):
 torch.set_float32_matmul_precision("highest")
 freeze(loss.net)
 after = zero_shot_table(args.loss)
-examples[args.loss] = attacked_examples(encoder, heads, logit_scale, tasks, attack, chosen=examples["CLIP"])
-run.finish(before, after, examples)
+run.finish(before, after, examples, lambda: attacked_examples(encoder, heads, logit_scale, tasks, attack,
+                                                              chosen=examples))

@@ -188,8 +188,11 @@ def conditions(plan, points):
     args = plan.args
     runs = {(point, seed): plan.read(seed, point) for point in points for seed in args.seeds}
     first, *_ = runs.values()
-    eps = ", ".join(f"{value:g}" for value in sorted({run["config"]["eps"] for run in runs.values()}))
-    protocol = re.sub(r"ε = [\d.]+", f"ε = {eps}", first["protocol"])
+    protocol = first["protocol"]
+    for word, name in (("ε =", "eps"), ("steps of", "step_size")):
+        values = {run["config"][name] for run in runs.values() if name in run["config"]}
+        values = ", ".join(f"{value:g}" for value in sorted(values))
+        protocol = re.sub(rf"{word} [\d.]+", f"{word} {values}", protocol)
     made = ("code {}; {hardware}, Python {python}, PyTorch {torch}. ".format(plan.version, **first["config"])
             + f"{args.model}, adapted on {args.dataset}; {protocol}; {first['config']['limit'] or 'all'} "
             "images a task.")

@@ -15,7 +15,8 @@ import safetensors.torch
 import torch
 
 from harness.files import write_json
-from model import are_openai_weights, refuse_damaged, refuse_openai_weights_without_quickgelu
+from model import (CONFIG, are_openai_weights, check_file, config_beside, model_config, refuse_damaged,
+                   refuse_openai_weights_without_quickgelu, said_otherwise)
 
 FORMAT, KEYS = "tecoa-1", {"model", "pretrained", "text", "config", "visual"}      # of checkpoints of ours
 # Where files of others keep the weights, best first. In the TeCoA authors' own, state_dict is the border.
@@ -39,16 +40,24 @@ def text_fingerprint(clip):
     return digest.hexdigest()
 
 
+def constants(clip):
+    """What an image encoder computes with and its tensors do not say: {"mean", "std", "quick_gelu"}."""
+    from open_clip.transformer import QuickGELU         # here, as it takes seconds to import
+    known = {name: [*map(float, clip.visual.preprocess_cfg[name])] for name in ("mean", "std")}
+    return known | {"quick_gelu": QuickGELU in map(type, clip.visual.modules())}
+
+
 def save_checkpoint(path, clip, config, **more):
     """Write the image encoder and what is needed to use it again: a dict that loads with weights_only=True.
 
-    Keys: format, model, pretrained, text (the text encoder's fingerprint), config, visual (open_clip's
-    `visual.*` names → fp32 tensors), and `more`: step, prompts (of `ImageEncoder.prompts`), training (of
-    harness/training.py). Written to a temporary file, fsynced, renamed; what had the name is kept as
-    *-previous.pt, unless the disk is full. OSError if there is no room then either."""
+    Keys: format, model, pretrained, text (the text encoder's fingerprint), constants, config, visual
+    (open_clip's `visual.*` names → fp32 tensors), and `more`: step, prompts (of `ImageEncoder.prompts`),
+    training (of harness/training.py). Written to a temporary file, fsynced, renamed; what had the name is
+    kept as *-previous.pt, unless the disk is full. OSError if there is no room then either."""
     visual = {name: t.detach().cpu() for name, t in clip.state_dict().items() if name.startswith("visual.")}
     checkpoint = {"format": FORMAT, "model": config["model"], "pretrained": config["pretrained"],
-                  "text": text_fingerprint(clip), "config": config, "visual": visual, **more}
+                  "text": text_fingerprint(clip), "constants": constants(clip), "config": config,
+                  "visual": visual, **more}
     path, temporary = Path(path), Path(f"{path}.tmp")
     previous = path.with_stem(f"{path.stem}-previous")
     try:
@@ -63,10 +72,12 @@ def save_checkpoint(path, clip, config, **more):
         if path.exists():
             keep_as(previous, path)
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
         with suppress(OSError):                         # the names on the disk too, where that can be done
-            os.fsync(folder)
-        os.close(folder)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         if "DataLoader" in str(error):
@@ -92,7 +103,7 @@ def keep_as(previous, path):
         os.link(path, link)
         os.replace(link, previous)
         link.unlink(missing_ok=True)                    # still there if a kill just here made both one file
-    except OSError:                                     # a file system without links
+    except (OSError, AttributeError):                   # a file system or a system without links
         os.replace(path, previous)
 
 
@@ -103,17 +114,16 @@ def export_clip(clip, name, folder, prompts=None):
     if prompts:
         raise ValueError(f"visual prompts ({', '.join(prompts)}) cannot be exported: open_clip has no place "
                          "for them")
-    import open_clip                                    # here, as it takes seconds to import
     weights = Path(folder, "open_clip_model.safetensors")
     weights.parent.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in clip.state_dict().items()}
     safetensors.torch.save_file(state, f"{weights}.tmp", {"format": "pt"})
     os.replace(f"{weights}.tmp", weights)
     kept = ("mean", "std", "interpolation", "resize_mode")
-    write_json(weights.with_name("open_clip_config.json"), {
-        "model_cfg": open_clip.get_model_config(name),
+    write_json(weights.with_name(CONFIG), {
+        "model_cfg": model_config(name),
         "preprocess_cfg": {key: clip.visual.preprocess_cfg[key] for key in kept}})
-    print(f"wrote {weights} and open_clip_config.json")
+    print(f"wrote {weights} and {CONFIG}: --model local-dir:{weights.parent}")
 
 
 class Ignored:
@@ -197,7 +207,7 @@ def openai_model(visual):
 def check_ours(content, path):
     """ValueError if something in a checkpoint of ours is of another kind than `save_checkpoint` writes."""
     kinds = {"model": str, "pretrained": str | None, "config": dict, "visual": dict, "text": str,
-             "prompts": dict, "step": int, "training": dict}
+             "constants": dict, "prompts": dict, "step": int, "training": dict}
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
     if not wrong:
         config = content["config"]
@@ -248,8 +258,9 @@ def read_checkpoint(path, model=None):
     if not (model or inferred):
         found = {"full": "a whole CLIP that is not known to be OpenAI's", "prompts": "visual prompts alone",
                  "visual": "an image encoder of another shape than OpenAI's"}[kind]
+        local = f", or --model local-dir:{Path(path).parent} alone" * bool(text and config_beside(path))
         raise ValueError(f"{path} has {found}, and does not say for which model: give --model and "
-                         "--pretrained")
+                         f"--pretrained{local}")
     pretrained = ("none" if text else "openai") if inferred and model in (None, inferred) else None
     more = {key: value for key, value in (("text_state", text), ("prompts", prompts)) if value}
     return {"format": kind, "model": model or inferred, "pretrained": pretrained, "config": {},
@@ -264,6 +275,18 @@ def load_visual(clip, checkpoint, path, alpha=1.):
     if checkpoint["text"] and checkpoint["text"] != text_fingerprint(clip):
         raise ValueError(f"{path} was adapted against another text encoder than that of {model} "
                          f"{checkpoint['pretrained']} here: give the original weights as --pretrained FILE")
+    said, here = checkpoint.get("constants"), constants(clip)
+    if said and repr(said) != repr(here):
+        raise ValueError(f"{path} was adapted with {said}, and {model} {checkpoint['pretrained']} here has "
+                         f"{here}: give the original weights as --pretrained FILE, beside their {CONFIG}")
+    config = config_beside(path) if checkpoint["format"] != FORMAT else None
+    if config:
+        check_file(model, path)
+    other = said_otherwise(clip, config)
+    if {"mean", "std"} & {*other}:
+        raise ValueError(f"{CONFIG} beside {path} says {other}, which is not the normalisation of {model} "
+                         f"{checkpoint['pretrained'] or ''} here: a whole CLIP is taken with its own by "
+                         f"--model local-dir:{Path(path).parent}, without --ckpt or --init")
     refuse_openai_weights_without_quickgelu(clip, text, path, model)
     current = {name: t.shape for name, t in clip.state_dict().items() if text or name.startswith("visual.")}
     names = {name.removeprefix("text."): name for name in current}          # text.*: some of open_clip's

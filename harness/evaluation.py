@@ -3,10 +3,10 @@
 After each batch each process appends to its own journal, images.jsonl or images-<rank>.jsonl: first a line
 that says what is evaluated, then one for each image. A killed evaluation goes on from them; a finished one
 leaves images.jsonl, of which results.json is the summary."""
-import fcntl
 import json
 import os
 import re
+import sys
 import time
 import zlib
 from argparse import Namespace
@@ -16,15 +16,18 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from attacks import attack_list
 from harness import files
-from harness.options import ByModel, differences
+from harness.options import ByModel, data_options, differences, doubts, placeless, unused
 from harness.processes import DTYPES, RANK, WORLD, environment, gathered, rank0
-from harness.reports import draw_examples, full_table, try_to_draw
+from harness.reports import draw_examples, example_prompt, full_table, nothing_readable, try_to_draw
 from kernels.pgd_step import to_float
+from prompts import prompt_warnings
 from tasks.benchmarks import present
+from tasks.contents import about, differing, other_contents, other_labels, stamp
 from tasks.loading import Batch, batches, on_device
-from tasks.sampling import fingerprint
-from tasks.task import image_numbers, load_task, task_names
+from tasks.locks import lock_folder
+from tasks.task import data_set, image_numbers, load_task, task_names
 
 
 class EvaluationRun:
@@ -36,11 +39,13 @@ class EvaluationRun:
         ValueError: the folder holds something else, or the images have changed."""
         self.args, self.missing, self.device = args, missing, device
         self.protocol = protocol + f"; attacked in {args.dtype}, judged in fp32" * (args.dtype != "fp32")
-        self.out = folder(parser, args, known)
+        self.out, self.doubts = folder(parser, args, known), doubts(args) + unused(parser, args, known)
         self.save_adv = Path(args.save_adv) if args.save_adv else None
         self.identity = json.loads(json.dumps(parser.identity(args) | {"code": files.source_version()}))
-        self.images = {task.name: fingerprint(task) for task in tasks}
+        self.tasks = {task.name: task for task in tasks}
+        self.images = rank0(lambda: {task.name: about(task) | {"stamp": stamp(task)} for task in tasks})
         self.counts, self.records = {task.name: len(task.images) for task in tasks}, {}
+        self.parser, self.warnings, self.compared, self.notes = parser, {}, {}, []
         self.done, self.finished = rank0(self.look)
 
     def look(self, remove=False):
@@ -52,23 +57,69 @@ class EvaluationRun:
             identity, images, done = read_journal(self.out)
             results = files.read_json(self.out / "results.json") or {}
             end = "--out DIR writes elsewhere, --overwrite replaces it"
-            if identity != self.identity:
-                wrong = differences(identity or {}, self.identity)
+            wrong = differences(identity or {}, self.identity)
+            if wrong or not identity:
                 raise ValueError(f"{self.out} holds an evaluation{f', with {wrong}' * bool(identity)}: {end}")
-            changed = [name for name in done if images.get(name) != self.images.get(name)]
-            if changed:
-                raise ValueError(f"the images of {', '.join(changed)} are not those that {self.out} was "
-                                 f"begun with: {end}")
+            images, done, results = self.moved(images, done, results)
+            rows = results.get("tasks", {})
+            gone = [name for name in {**done, **rows} if name not in self.images]
+            if gone:
+                raise ValueError(f"{self.out} holds an evaluation of {', '.join(gone)} too, which is not "
+                                 f"found here: {end}")
+            for name in {**done, **rows}:
+                changed = self.changes(name, images.get(name), done.get(name, {}), rows.get(name))
+                if changed:
+                    raise ValueError(f"the images of {name} are not those that {self.out} was begun with: "
+                                     f"{changed}; {end}")
         if self.save_adv:
             done = {name: without_unsaved(self.save_adv, name, done.get(name, {}), self.identity, remove)
                     for name in self.counts}
         whole = results and "unfinished" not in results and all(
-            len(done.get(name, ())) + results["tasks"][name]["left_out"] == count
+            name in results["tasks"] and len(done.get(name, ())) + results["tasks"][name]["left_out"] == count
             for name, count in self.counts.items())
         return done, results if whole else None
 
-    def begin(self):
+    def moved(self, images, done, results):
+        """The same, of an earlier call, under the names that sets have here if they lie elsewhere now."""
+        old, new = ([name for name in names if name not in others]
+                    for names, others in ((images, self.images), (self.images, images)))
+        called = {name: other for name, other in zip(old, new)
+                  if placeless("tasks", name) == placeless("tasks", other)}
+        images, done = ({called.get(name, name): value for name, value in found.items()}
+                        for found in (images, done))
+        if results:
+            results = results | {"tasks": {called.get(name, name): row
+                                           for name, row in results["tasks"].items()}}
+        return images, done, results
+
+    def changes(self, name, before, records, row):
+        """In words, how the images of a task differ from those of an earlier call; "" if they do not.
+
+        before: what its journal says of them; records: of those evaluated; row: of results.json, or None.
+        Files with the same paths, sizes and times are the same. All others are read and compared."""
+        task, now = self.tasks[name], self.images[name]
+        if not isinstance(before, dict):
+            self.notes.append(f"{name}: whether its images have changed since is not known, for the lack of "
+                              "checksums")
+            return ""
+        known = {number: record for number, record in records.items() if "label" in record}
+        whole = row is not None and len(known) + row["left_out"] == len(task.images)
+        words = (differing(task, {word: before[word] for word in before if word != "stamp"}, now)
+                 or other_labels(task, known))
+        same = before["stamp"], len(known), whole
+        unread = not now["stamp"] or before["stamp"] != now["stamp"]
+        if not words and unread and self.compared.get(name) != same:
+            words = other_contents(task, known, whole, self.args.workers)
+            self.compared[name] = same
+            if not (words or whole) and before["stamp"]:
+                self.notes.append(f"{name}: its files have changed while it was evaluated; the images that "
+                                  "were done are the same, of the others that is not known")
+        return ", ".join(words)
+
+    def begin(self, tokenizer):
         """Lock the folder, and open this process's journal. ValueError or OSError: somebody else is in it."""
+        self.warnings = {task.name: prompt_warnings(tokenizer, task.class_names, task.template)
+                         for task in self.tasks.values()}
         self.done = rank0(self.take_folder)
         self.journal = open(self.out / (f"images-{RANK}.jsonl" if RANK else "images.jsonl"), "a")
         if RANK:
@@ -87,6 +138,8 @@ class EvaluationRun:
         (self.out / "results.json").unlink(missing_ok=True)             # all of it is in the journal
         for word, how in self.missing.items():
             print(f"not evaluated: {word}: {how}")
+        for text in self.doubts:                        # now, and with the results
+            print(f"warning: {text}", file=sys.stderr, flush=True)
         if any(done.values()):
             count, total = sum(map(len, done.values())), sum(self.counts.values())
             print(f"going on: {count:,} of {total:,} images are done")
@@ -96,28 +149,38 @@ class EvaluationRun:
         """After each batch: what a killed run will not have to do again."""
         if self.save_adv and tensors:                   # before the lines that claim them
             save_adversarial(self.save_adv, task.name, tensors, self.identity)
-        self.journal.write("".join(json.dumps({"task": task.name, **record}) + "\n" for record in records))
+        rows = ({"task": task.name, **record, **file_of(task, record["image"])} for record in records)
+        self.journal.write("".join(json.dumps(row) + "\n" for row in rows))
         self.journal.flush()
 
     def after(self, results, task, records):
         """After each task: results.json, with what there is."""
-        self.records[task.name] = {record["image"]: record for record in records}
+        self.records[task.name] = {record["image"]: record | file_of(task, record["image"])
+                                   for record in records}
+        row = results["tasks"][task.name]
+        gone = [name for name in attack_list(self.args.attack) if name not in row["attacks"]]
+        instead = [f"{', '.join(gone)} is undefined for {row['classes']} classes: in its place "
+                   f"{', '.join(row['attacks'])}"] if gone else []
+        row["warnings"] = self.warnings.get(task.name, []) + instead + row["warnings"]
         if RANK == 0:
             left = [name for name in self.counts if name not in self.records]
-            results["warnings"] = [] if left else self.warning_of_a_plain_clip(results["mean"]["robust"])
+            results["warnings"] = self.doubts + (
+                [] if left else self.warning_of_a_plain_clip(results["mean"]["robust"], results["tasks"]))
             more = {"missing": self.missing, "unfinished": left, "warnings": results["warnings"]}
             files.write_json(self.out / "results.json", {
                 "config": vars(self.args) | environment(self.device), "protocol": self.protocol,
                 "identity": self.identity, "tasks": results["tasks"], "mean": results["mean"],
                 **{word: value for word, value in more.items() if value}})
 
-    def warning_of_a_plain_clip(self, robust):
-        """In words, in a list, that a CLIP that was never made robust looks robust; or []."""
+    def warning_of_a_plain_clip(self, robust, rows):
+        """In words, in a list, that a CLIP that was never made robust looks robust; or []. robust: the
+        mean of the tasks' rows."""
         args = self.args
         named = args.pretrained not in (None, "none") and not Path(args.pretrained).is_file()
         strong = "apgd" in args.attack or "autoattack" in args.attack
         large = args.norm == "linf" and args.eps >= ByModel(1, 11)(args)
-        shown = named and not args.ckpt and strong and large and robust > 10
+        seen = sum(row["n"] for row in rows.values()) >= 100 and args.steps >= 10       # a few do not tell
+        shown = named and not args.ckpt and strong and large and seen and (robust or 0) > 10
         return [f"{robust:.1f} % robust for a CLIP that was never made robust: nearly 0 is expected, so the "
                 "attack may be broken"] if shown else []
 
@@ -126,22 +189,29 @@ class EvaluationRun:
         if RANK > 0:
             return results["mean"]
         if self.finished is None:
+            self.journal.close()                        # Windows replaces no open file
             write_journal(self.out, self.identity, self.images, self.records)
             os.close(self.locked)
         print(f"\n{label} under {self.protocol}\n\n{full_table(results)}\n")
         for name, row in results["tasks"].items():
-            if " (" in row["source"]:
-                print(f"{name} was read from {row['source']}")
+            if self.tasks[name].source:                 # not the row's: they may have moved since
+                print(f"{name}: {row['split']} images of {self.tasks[name].source}; prompts like "
+                      f"{example_prompt(row)!r}")
             for error in [r["error"] for r in self.records.get(name, {}).values() if "error" in r]:
                 print(f"left out of {name}: {error}")
         for text in results.get("warnings", ()):
             print(f"warning: {text}")
+        for text in dict.fromkeys(self.notes):
+            print(f"note: {text}")
         if pictures:
             label = Path(self.args.ckpt or self.args.model).stem
             pictures = try_to_draw(draw_examples, self.out / "examples.png", {label: pictures}, self.args.eps)
         print((f"{self.out} is finished: this is its table, nothing was computed" if self.finished else
                f"wrote {self.out}/results.json, images.jsonl") + ", examples.png" * bool(pictures)
               + (f"; {self.save_adv}/" if self.save_adv else ""))
+        unread = nothing_readable(results)
+        if unread:
+            self.parser.error(unread)
         return results["mean"]
 
 
@@ -151,8 +221,12 @@ def folder(parser, args, known):
         return Path(args.out)
     name = parser.name(args, () if args.ckpt else ("model", "pretrained"), hidden=("ckpt",), **known)
     stem = Path(args.ckpt or "").stem.removeprefix("ckpt").strip("-")[:60]
-    parent = Path(args.ckpt).parent if args.ckpt else Path("out")
-    return parent / "-".join(filter(None, ["eval", stem, name]))
+    name = "-".join(filter(None, ["eval", stem, name]))
+    # a file's name may have 255 bytes, and a character of the stem up to four
+    whole = os.fsencode(name)
+    if len(whole) > 240:
+        name = f"{whole[:180].decode(errors='ignore')}-{zlib.crc32(whole):08x}"
+    return (Path(args.ckpt).parent if args.ckpt else Path("out")) / name
 
 
 def dtype_of(out):
@@ -180,11 +254,14 @@ def settle(parser, args, checkpoint, alpha):
     return settled, known
 
 
-def load_tasks(words, model, **options):
-    """([Task, …], {name: why it is left out}) that --tasks names; options: of `load_task`. ValueError."""
-    everything = words == "all" and model != "toy" and options["data_root"]
-    default, tasks = "toy" if model == "toy" else "imagenet", []
-    names, missing = present(options["data_root"]) if everything else (task_names(words, default), {})
+def load_tasks(args):
+    """([Task, …], {name: why it is left out}) that --tasks names. ValueError."""
+    everything = args.tasks == "all" and args.model != "toy" and args.data_root
+    default, tasks = "toy" if args.model == "toy" else "imagenet", []
+    names, missing = present(args.data_root) if everything else (task_names(args.tasks, default), {})
+    if args.template and args.templates != "paper":
+        raise ValueError(f"--template and --templates {args.templates}: give one of them")
+    options = data_options(args, names) | {"templates": args.templates}
     for name in names:
         try:
             tasks.append(load_task(name, "val", **options))
@@ -240,7 +317,8 @@ def choose_examples(judge, tasks, device, chosen=None):
             words = {"truth": record["label"], "clean": record["clean"], "adversarial": seen}
             found.append({"task": task.name, "x": x, "x_adv": tensors["x_adv"][0].cpu() if tensors else x,
                           "position": next(p for p in positions if image_numbers(task)[p] == record["image"]),
-                          **{word: task.class_names[number] for word, number in words.items()}})
+                          **{word: task.class_names[number] if number >= 0 else "NaN"
+                             for word, number in words.items()}})
     return found
 
 
@@ -251,6 +329,9 @@ def shared(judge, task, positions, *, batch_size, workers, device, keep=None, ba
     mine, size, left = [], max(1, batch_size // WORLD), len(positions)
     for batch in on_device(batches(task, positions[RANK::WORLD], size, workers, bad="leave out"), device):
         records, tensors = judge(batch) if len(batch.y) else ([], {})
+        if keep is not None:                            # by which a later call knows these images again
+            for record, x in zip(records, batch.x.cpu().numpy()):
+                record["crc32"] = zlib.crc32(x)
         records += [{"image": image, "error": error} for image, error in batch.errors]
         if keep is not None:
             keep(task, records, tensors)
@@ -263,23 +344,25 @@ def shared(judge, task, positions, *, batch_size, workers, device, keep=None, ba
     return sum(gathered(mine), [])
 
 
+def file_of(task, number):
+    """{"file": its name} of an image that has one, inside its data set; {} of another."""
+    images = data_set(task)
+    name = images.file(number) if hasattr(images, "file") else None
+    return {} if name is None else {"file": name}
+
+
 # ------------------------------------------------------------------------------ the folder's files
 def lock(out):
     """Keep others out of a folder until the file descriptor returned is closed. ValueError: one is in."""
-    folder = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_folder(out)
     except BlockingIOError:
-        os.close(folder)
         raise ValueError(f"another evaluation is writing to {out}") from None
-    except OSError:                                     # some network file systems lock no folders
-        pass
-    return folder
 
 
 def read_journal(out):
-    """(identity, {task: fingerprint of its images}, {task: {image: record}}) that out/images*.jsonl hold, of
-    an evaluation that was killed or finished; identity None: there is none."""
+    """(identity, {task: what is known of its images}, {task: {image: record}}) that out/images*.jsonl hold,
+    of an evaluation that was killed or finished; identity None: there is none."""
     identity, images, done = None, {}, {}
     for path in sorted(out.glob("images*.jsonl"), key=lambda path: path.name != "images.jsonl"):
         here = None
@@ -307,9 +390,12 @@ def write_journal(out, identity, images, done):
 
 
 def adversarial_folder(root, task):
-    """Where --save-adv keeps the images of a task, whose name may be a path but must not lead out of root."""
+    """Where --save-adv keeps the images of a task, whose name may be a path of any length but must not lead
+    out of root."""
     plain = re.sub(r"[^\w-]+", "-", task)
-    return root / (plain if plain == task else f"{plain.strip('-')}-{zlib.crc32(task.encode()):08x}")
+    if plain == task and len(os.fsencode(plain)) < 200:
+        return root / plain
+    return root / f"{plain[-40:].strip('-')}-{zlib.crc32(os.fsencode(task)):08x}"
 
 
 def save_adversarial(root, task, tensors, identity):
@@ -332,7 +418,7 @@ def without_unsaved(root, task, records, identity, remove):
         images = set()
         if path.suffix == ".npz":
             with np.load(path) as arrays:
-                if json.loads(str(arrays["evaluation"])) != identity:
+                if differences(json.loads(str(arrays["evaluation"])), identity):
                     raise ValueError(f"{folder} holds images of another evaluation: give another --save-adv")
                 images = {*arrays["image"].tolist()}
         if images and images <= records.keys():

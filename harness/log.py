@@ -1,6 +1,5 @@
 """log.jsonl, a line for each tenth step: locked by the run that writes it, whole on any disk."""
 import errno
-import fcntl
 import json
 import math
 import os
@@ -8,18 +7,25 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from tasks.locks import lock_file
+
+
+def no_link(name, flags):
+    """An opener that follows no link, on systems that can tell."""
+    return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
 
 class Log:
     """log.jsonl, this process's until it ends; rows beyond `step` are cut off. path None: a log of nothing.
     rows: all there is, a list of dicts. ValueError: another process is training into it."""
 
     def __init__(self, path, step):
-        self.rows, self.waiting, self.file = [], [], path and open(
-            path, "a+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+        self.rows, self.waiting = [], []
+        self.file = path and open(path, "a+b", buffering=0, opener=no_link)
         if not path:
             return
-        try:                                            # not flock, which workers inherit: they may end later
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            lock_file(self.file)
         except BlockingIOError:
             raise ValueError(f"another process is training in {path.parent}") from None
         except OSError:                                 # some network file systems lock nothing

@@ -4,6 +4,7 @@ A run's name and identity come from every option that can change a result: each 
 where it is added (result=False), so that a new one is part of both unless somebody says otherwise.
 """
 import argparse
+import math
 import os
 import re
 import sys
@@ -20,8 +21,13 @@ import kernels
 from harness.files import sha256
 from harness.processes import RANK, has_bf16
 from harness.trackers import tracker_names
-from model import ADAPTATIONS
+from model import ADAPTATIONS, CONFIG, LOCAL_DIR, image_size, weights_in
+from tasks.class_names import own_words
 from tasks.images import printable
+
+
+# names of data sets that say where they lie
+PLACES = re.compile(r"(?<![^,])((folder|wds|cache):[^,]*|imagenet)(?![^,])")
 
 
 class ByModel(NamedTuple):
@@ -82,7 +88,7 @@ class Parser(argparse.ArgumentParser):
 
     def identity(self, args):
         """{option: value} of all in settled args that can change a result; files by their content."""
-        return {word: content(value) if word in self.paths else value
+        return {word: content(value, word) if word in self.paths or is_local(value) else value
                 for word, value in vars(args).items() if word not in self.harmless}
 
     def unusual(self, args, **known):
@@ -103,7 +109,7 @@ class Parser(argparse.ArgumentParser):
         def spelled(word):
             value = getattr(args, word)
             is_file = word in self.paths and os.path.isfile(str(value))
-            return spelled_path(value) if is_file else spelled_value(value)
+            return spelled_path(value, word) if is_file or is_local(value) else spelled_value(value)
         words = [spelled(word) for word in always if word != "seed"]
         words += [word.replace("_", "") + spelled(word) for word in self.unusual(args, **known)
                   if word not in (*always, *hidden)]
@@ -124,16 +130,32 @@ class Parser(argparse.ArgumentParser):
         return words
 
 
-def content(value):
-    """A path as an identity has it: of a file its name and the sha256 of its content."""
-    if value and os.path.isfile(value):
-        return f"{Path(value).name} {sha256(value)}"
+def is_local(value):
+    """Whether it is a model in a folder, open_clip's local-dir:PATH."""
+    return isinstance(value, str) and value.startswith(LOCAL_DIR)
+
+
+def digests(path, word):
+    """The sha256 of a file, or of the weights in local-dir:PATH; then, where it decides of a model's weights,
+    that of the open_clip_config.json beside them: a list."""
+    path = weights_in(path.removeprefix(LOCAL_DIR)) if is_local(path) else Path(path)
+    config = path.with_name(CONFIG)
+    read = word in ("model", "pretrained") and config.is_file()
+    return [sha256(path), *([sha256(config)] if read else [])]
+
+
+def content(value, word):
+    """A path as the identity has it, option `word`: of a file its name and what it holds."""
+    if is_local(value) or value and os.path.isfile(value):
+        return " ".join([Path(value).name, *digests(value, word)])
     return str(Path(value).resolve()) if value and os.path.isdir(value) else value
 
 
-def spelled_path(path):
-    """A file as a part of a folder's name."""
-    return f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', Path(path).stem)[:40]}-{sha256(path)[:8]}"
+def spelled_path(path, word):
+    """A file, or local-dir:PATH, as a part of a folder's name."""
+    stem = Path(path).name if is_local(path) else Path(path).stem
+    plain = re.sub(r"[^A-Za-z0-9_.+-]+", "-", stem)[:40]
+    return "-".join([plain, *(digest[:8] for digest in digests(path, word))])
 
 
 def spelled_value(value):
@@ -145,9 +167,19 @@ def spelled_value(value):
     return text if text == plain else f"{plain[-40:].strip('-')}-{zlib.crc32(os.fsencode(text)):08x}"
 
 
+def placeless(word, value):
+    """An option's value but for where data lie, which makes no other result: what lies there is compared
+    itself, by its contents."""
+    if word == "data_root":
+        return None
+    return PLACES.sub("images", str(value)) if word in ("dataset", "tasks") else value
+
+
 def differences(one, other, ignoring=()):
-    """In words, which options of two identities differ: "--lr 0.1 (here 0.2), …"; "" if none."""
-    words = sorted(word for word in {*one, *other} - {*ignoring} if one.get(word) != other.get(word))
+    """In words, which options of two identities differ: "--lr 0.1 (here 0.2), …"; "" if none. Data may lie
+    elsewhere: see `placeless`."""
+    words = sorted(word for word in {*one, *other} - {*ignoring}
+                   if placeless(word, one.get(word)) != placeless(word, other.get(word)))
     called = {word: "sources" if word == "code" else f"--{word.replace('_', '-')}" for word in words}
     return ", ".join(f"{called[word]} {one.get(word)} (here {other.get(word)})" for word in words)
 
@@ -165,10 +197,33 @@ def number(kind, least, strict=False, most=2**31):
     return parse
 
 
+def length(least, strict=False):
+    """A length in 1/255: a bare number; or N/R, which is N where pixels go from 0 to R: 8/255, or 0.5/1."""
+    plain = number(float, least, strict)
+
+    def parse(text):
+        above, slash, below = text.partition("/")
+        try:
+            # N * (255 / 255) is N to the bit; else 0.0313725490196/1 is 8 as well
+            times = 255 / float(below) if slash else 1
+            if not 0 < times < math.inf:
+                raise ValueError
+            return plain(float(above) if times == 1 else float(f"{float(above) * times:.12g}"))
+        except (ValueError, ZeroDivisionError):
+            raise argparse.ArgumentTypeError(f"expected a number in 1/255, as 8, or with its unit, as 8/255 "
+                                             f"or 0.5/1, got {text}") from None
+    return parse
+
+
 def cadence(text):
     """A number of steps, or of minutes with an m."""
     (number(float, 0, strict=True) if text.endswith("m") else number(int, 1))(text.removesuffix("m"))
     return text
+
+
+def resizing(text):
+    """A number of pixels, or none: images as they are."""
+    return text if text == "none" else number(int, 1, most=2**14)(text)
 
 
 def adaptation(text):
@@ -201,15 +256,50 @@ def shares(text):
 def default_eps(args):
     """ε in 1/255: the paper's in linf; there is no usual one in l2."""
     if args.norm == "l2":
-        raise ValueError("--norm l2 needs --eps, in 1/255")
+        raise ValueError("--norm l2 needs --eps, such as 128/255, or 0.5/1 where pixels are in [0,1]")
     return ByModel(1., 11.)(args)
 
 
 def default_step_size(args, training):
-    """In 1/255: the paper's 1; the toy's, and any in l2, in proportion to ε."""
-    if args.model != "toy" and args.norm == "linf":
+    """In 1/255. Real models in linf: at ε = 1 the paper's 1, in training of 2 steps; with another ε or other
+    steps what reaches the ball's surface. The toy, and any model in l2: in proportion to ε."""
+    ours, eps = args.model == "toy" or args.norm == "l2", args.eps
+    if not eps:                                         # any will do
         return 1.
-    return 1.25 * args.eps / args.steps if training else args.eps / 4
+    if training:
+        return 1.25 * eps / args.steps if ours else eps * min(1.25, 2 / args.steps)
+    least = eps / min(4, args.steps)
+    return least if ours else max(least, min(1., eps))
+
+
+def doubts(args):
+    """What may not be meant in settled args' ε and step size, in words: a list."""
+    norm, eps, step, found = args.norm, args.eps, args.step_size, []
+    if 0 < eps < (.1 if norm == "linf" else 10):
+        found.append(f"--norm {norm} --eps {eps:g} is {eps:g}/255, or {eps / 255:.2g} in pixels of [0,1]; if "
+                     f"{eps:g} in pixels of [0,1] is meant, as in RobustBench, say --eps {eps:g}/1")
+    if norm == "linf" and eps >= 127.5:
+        found.append(f"--eps {eps:g}: within 127.5/255 every image can be made the same grey; an L2 length "
+                     "needs --norm l2")
+    if {"pgd", "cw"} & {*getattr(args, "attack", "pgd").split(",")}:
+        if args.steps * step < eps * (1 - 1e-9):
+            found.append(f"PGD cannot reach the surface of the ε-ball: --steps {args.steps} times "
+                         f"--step-size {step:g} is {args.steps * step:g}/255, and ε is {eps:g}/255")
+        if step > 2 * eps > 0:
+            found.append(f"--step-size {step:g} is more than the diameter of the ball, {2 * eps:g}/255")
+    return found
+
+
+# options that change nothing but for one of these attacks
+USED_WITH = {"queries": ("square", "autoattack"), "step_size": ("pgd", "cw")}
+
+
+def unused(parser, args, known):
+    """What was asked for beside attacks of which it changes nothing, in words: a list. args, known:
+    of `settle`."""
+    idle = [word for word, names in USED_WITH.items() if not {*args.attack.split(",")} & {*names}]
+    return [f"--{word.replace('_', '-')} {getattr(args, word)} changes nothing: it is for --attack "
+            f"{' or '.join(USED_WITH[word])}" for word in parser.unusual(args, **known) if word in idle]
 
 
 def default_dtype(args, training):
@@ -218,12 +308,19 @@ def default_dtype(args, training):
     return "bf16" if gpu and training or args.model != "toy" and has_bf16(args.device) else "fp32"
 
 
+def data_options(args, names):
+    """What `load_task` is told of the sets `names` of one command. ValueError."""
+    return {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit,
+            "resize": args.resize, "words": own_words(names, args.class_names, args.template)}
+
+
 def add_shared_options(parser, *, training):
     """Add the options that both stages have, with the defaults of this stage."""
     def on_gpu(args):
         return args.device.startswith("cuda")
     option = partial(parser.option, parser.add_argument_group("model"))
-    option("--model", lambda args: "toy", help="an open_clip name, hf-hub:ORG/REPO, or toy (default: toy)")
+    option("--model", lambda args: "toy", help="an open_clip name, local-dir:PATH, hf-hub:ORG/REPO, or toy "
+           "(default: toy)")
     option("--pretrained", lambda args: f"seed{args.seed}" if args.model == "toy" else None, path=True,
            help="an open_clip tag, a file, or none; for the toy: seedN, trained on first use")
     option = partial(parser.option, parser.add_argument_group("data"))
@@ -233,18 +330,27 @@ def add_shared_options(parser, *, training):
     option("--data-root", metavar="DIR", path=True, resumable=True, help="the folder with the data sets, as "
            "torchvision lays them out; or with ImageNet's train/<class>/ and val/<class>/")
     option("--limit", type=number(int, 1), metavar="N", help="use at most N images of each set")
+    option("--class-names", metavar="FILE", path=True, help="of a folder, shards or cache: one a line, in "
+           "the order of its classes; or folder<TAB>name (default: as its folders are called)")
+    option("--template", metavar="TEXT|FILE", path=True, help="prompt of a folder, shards or cache, {} for "
+           "the class name; a file has one a line, of which the average is taken (default: This is a photo "
+           "of a {})")
+    option("--resize", type=resizing, metavar="N|none", help="of the shorter side of images in files, before "
+           "the centre is cropped (default: 256/224 of the model's resolution); none: images that are all of "
+           "one size stay as they are, and are attacked at it")
     option("--workers", min(8, os.cpu_count() or 1), type=number(int, 0, most=257), result=False,
            help="processes that decode images")
     option = partial(parser.option, parser.add_argument_group(
         f"attack in {'training' if training else 'evaluation'}"))
     option("--norm", lambda args: "linf", choices=("linf", "l2"), help="of the ε-ball; l2 wants --eps "
            "(default: linf)")
-    option("--eps", default_eps, type=number(float, 0), help="radius of the ball in 1/255 (default: 1; toy: "
-           "11)")
+    option("--eps", default_eps, type=length(0), metavar="N|N/R", help="radius of the ball: 8 or 8/255, in "
+           "1/255; 0.5/1, where pixels are in [0,1] (default: 1; toy: 11)")
     option("--steps", 2 if training else 100, type=number(int, 1), help="gradient steps")
-    option("--step-size", partial(default_step_size, training=training), type=number(float, 0, strict=True),
-           help="length of a step in 1/255 (default: 1, the paper's; toy and l2: "
-           f"{'1.25 ε / steps' if training else 'ε / 4'})")
+    option("--step-size", partial(default_step_size, training=training), type=length(0, strict=True),
+           metavar="N|N/R", help="length of a step, as --eps (default: " + (
+               "ε · 2 / steps, at most 1.25 ε; toy and l2: 1.25 ε / steps)" if training else
+               "1, at most ε and at least ε / 4; toy and l2: ε / 4; of few steps ε / steps)"))
     option = partial(parser.option, parser.add_argument_group("run"))
     option("--batch-size", ByModel(256, 64) if training else 256, type=number(int, 1), result=training,
            help="images, over all processes")

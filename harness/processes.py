@@ -13,10 +13,19 @@ import torch.distributed as dist
 import kernels
 from tasks.images import Unreadable, printable
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL = int(os.environ.get("LOCAL_RANK", 0))
+# what torchrun tells each of its processes: numbers, but for the address
+TORCHRUN = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"
+
+
+def told(name, otherwise):
+    """A number among torchrun's variables; `start` refuses what is none."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else otherwise
+
+
+RANK, WORLD, LOCAL = told("RANK", 0), told("WORLD_SIZE", 1), told("LOCAL_RANK", 0)
 # of torchrun --max-restarts, after a crash
-RESTARTS = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+RESTARTS = told("TORCHELASTIC_RESTART_COUNT", 0)
 # of torchrun; --standalone makes a new one each time
 LAUNCH = os.environ.get("TORCHELASTIC_RUN_ID", "")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,9 +70,30 @@ def end_in_one_line(kind, error, trace):
     print(f"{who}: {said}", file=sys.stderr, flush=True)
 
 
+def check_environment():
+    """ValueError if some of torchrun's variables are set, and others not, or make no sense together."""
+    there = {name: os.environ[name] for name in TORCHRUN if os.environ.get(name)}
+    numbers = {name: told(name, -1) for name in TORCHRUN[:4] if name in there}
+    wrong = [name for name, number in numbers.items() if number < 0]
+    alone = numbers.get("RANK", 0) == numbers.get("LOCAL_RANK", 0) == 0 and numbers.get("WORLD_SIZE", 1) == 1
+    lacking = [name for name in TORCHRUN if name not in there]
+    if wrong:
+        said = f"{wrong[0]}={there[wrong[0]]} is no number"
+    elif not alone and lacking:
+        said = f"{', '.join(lacking)} not set, but {', '.join(f'{name}={there[name]}' for name in there)}"
+    elif RANK >= WORLD or LOCAL >= WORLD:
+        said = f"RANK={RANK} and LOCAL_RANK={LOCAL} of WORLD_SIZE={WORLD}"
+    else:
+        return
+    raise ValueError(f"the environment is half of a torchrun's: {said}; start with torchrun, or unset "
+                     f"{' '.join(there)}")
+
+
 def start(args):
     """Join the other processes of a torchrun, if any, and take args.kernels: the device of this one.
-    ValueError: args.device, args.compile or args.kernels cannot be had here."""
+    ValueError: args.device, args.compile or args.kernels cannot be had here, or torchrun's variables are not
+    whole."""
+    check_environment()
     try:
         device = torch.device(args.device)
         if device.type == "cuda":

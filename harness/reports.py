@@ -5,6 +5,9 @@ import textwrap
 import warnings
 from pathlib import Path
 
+from prompts import clean_class_name
+from tasks.images import printable
+
 
 def interval(count, n):
     """Wilson's 95 % interval (1927) of a share count / n, in percent: (low, high)."""
@@ -14,15 +17,16 @@ def interval(count, n):
 
 
 def summary(records, attacks, classes, half):
-    """One task's row of results.json, from one record per image (of eval_zeroshot.py's `evaluate`).
+    """One task's row of results.json, from one record per image (of eval_zeroshot.py's `evaluate`). Of no
+    image that could be read there is no accuracy: None.
 
     attacks: the names of those that ran, in order; half: of the gradient attacks' steps. Accuracies are in
     percent of the images that could be read. `warnings`: the signs of a broken evaluation, in words."""
     readable = [r for r in records if "error" not in r]
     right = [r for r in readable if r["clean"] == r["label"]]
     n, standing = len(readable), sum(r["by"] is None for r in right)
-    row = {"n": n, "classes": classes, "clean": 100 * len(right) / max(1, n),
-           "robust": 100 * standing / max(1, n), "chance": 100 / classes, "right": len(right),
+    row = {"n": n, "classes": classes, "clean": 100 * len(right) / n if n else None,
+           "robust": 100 * standing / n if n else None, "chance": 100 / classes, "right": len(right),
            "standing": standing, "clean_interval": interval(len(right), n),
            "robust_interval": interval(standing, n), "attacks": attacks,
            "broken_by": {name: sum(r["by"] == name for r in right) for name in attacks},
@@ -32,11 +36,34 @@ def summary(records, attacks, classes, half):
     return row | {"warnings": signs_of_a_broken_evaluation(row, readable, right, half)}
 
 
+def about(task):
+    """What a row of results.json says of its task beside the numbers."""
+    return {"source": task.source, "split": task.split, "template": task.template,
+            "class_names": task.class_names}
+
+
 def mean(rows):
-    """The unweighted mean of tasks' rows {name: row}, of those with images that could be read."""
+    """The unweighted mean of tasks' rows {name: row}, of those with images that could be read; or None."""
     counted = [row for row in rows.values() if row["n"]]
-    return {"tasks": len(counted)} | {
-        kind: sum(row[kind] for row in counted) / max(1, len(counted)) for kind in ("clean", "robust")}
+    return {"tasks": len(counted)} | {kind: sum(row[kind] for row in counted) / len(counted) if counted else
+                                      None for kind in ("clean", "robust")}
+
+
+def nothing_readable(results):
+    """In words, which tasks of `evaluate_tasks`'s results have no image that could be read; ""."""
+    names = [name for name, row in (results["tasks"] | results.get("adapted", {})).items() if not row["n"]]
+    return f"no image of {', '.join(names)} can be read: there is no accuracy" if names else ""
+
+
+def guessing(row):
+    """In words, that a task's clean accuracy is what guessing among its classes gives; "": it is better, in a
+    one-sided binomial test at 5 %, or there are too few images for any to be."""
+    from scipy.stats import binom                       # here, as it takes long to import
+    n, right, p = row["n"], row["right"], row["chance"] / 100
+    if not n or p ** n > .05 or binom.sf(right - 1, n, p) <= .05:
+        return ""
+    return (f"clean accuracy at chance: {right} of {n} images are right, and guessing among {row['classes']} "
+            f"classes gives {n * p:.1f}: do class names and template say what is in the images?")
 
 
 def signs_of_a_broken_evaluation(row, readable, right, half):
@@ -50,7 +77,9 @@ def signs_of_a_broken_evaluation(row, readable, right, half):
 
     def images(count, of=n):
         return f"{count} images ({100 * count / max(1, of):.1f} %)"
+    at_chance_when_clean = guessing(row)
     signs = [
+        (at_chance_when_clean, at_chance_when_clean),
         (nan, f"the model gave NaN for {images(nan)}, which count as wrong"),
         (left_out > .01 * n_all, f"{left_out} of {n_all} images could not be read"),
         (row["zero_gradients"] > .1, f"{row['zero_gradients']:.1f} % of the input gradients are exactly zero"
@@ -67,6 +96,14 @@ def signs_of_a_broken_evaluation(row, readable, right, half):
     return [text for shown, text in signs if shown]
 
 
+def ball(norm, eps, step_size, names=("pgd",), **_):
+    """The ε-ball, and the steps in it of those attacks among `names` whose length is given, in words. eps,
+    step_size: pixel fractions (linf) or L2 lengths."""
+    unit = f" ({eps:.3g} in pixels of [0,1])" * (norm == "l2")
+    steps = f", steps of {255 * step_size:g}/255" * bool({"pgd", "cw"} & {*names})
+    return f"{norm} ε = {255 * eps:g}/255{unit}{steps}"
+
+
 def at_chance(rows, warmup, batch_size, classes):
     """Whether the last hundred steps in a log's rows, all after the warm-up, recognise no more attacked
     images than 1/classes, by three standard deviations."""
@@ -80,8 +117,21 @@ def at_chance(rows, warmup, batch_size, classes):
 
 
 def in_pipes(lines):
-    """Markdown's lines of a table, from lists of cells: head, rule, rows."""
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    """Markdown's lines of a table, from lists of cells, which may hold any text: head, rule, rows."""
+    def cell(value):
+        return printable(value).replace("|", "\\|")
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+
+
+def percent(value):
+    """An accuracy in a table."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def example_prompt(row):
+    """The prompt of a row's first class."""
+    template = row["template"] if isinstance(row["template"], str) else row["template"][0]
+    return template.replace("{}", clean_class_name(row["class_names"][0]))
 
 
 def markdown_table(results, adapted=()):
@@ -96,7 +146,7 @@ def markdown_table(results, adapted=()):
     lines = [head, ["---"] + ["--:"] * (len(head) - 1)]
     for name, row, cells in rows:
         start = [row["n"], row["classes"], f"{row['chance']:.1f}"] if row else [""] * 3
-        lines.append([name, *start, *(f"{cell[kind]:.1f}" for cell in cells for kind in ("clean", "robust"))])
+        lines.append([name, *start, *(percent(cell[kind]) for cell in cells for kind in ("clean", "robust"))])
     return in_pipes(lines)
 
 
@@ -110,11 +160,11 @@ def full_table(results):
         line = [name, row["n"], row["left_out"], row["classes"], f"{row['chance']:.1f}"]
         for kind, count in (("clean", "right"), ("robust", "standing")):
             low, high = row[f"{kind}_interval"]
-            line += [f"{row[kind]:.1f}", f"{low:.1f}–{high:.1f}", row[count]]
+            line += [percent(row[kind]), f"{low:.1f}–{high:.1f}", row[count]]
         lines.append([*line, row["passes"], *["; ".join(row["warnings"])] * warned])
     if results["tasks"]:
         count, clean, robust = (results["mean"][key] for key in ("tasks", "clean", "robust"))
-        lines.append([f"**mean of {count}**", *[""] * 4, f"{clean:.1f}", "", "", f"{robust:.1f}",
+        lines.append([f"**mean of {count}**", *[""] * 4, percent(clean), "", "", percent(robust),
                       *[""] * (3 + warned)])
     return in_pipes(lines)
 

@@ -3,6 +3,7 @@
 train_tecoa.py calls the methods of one TrainingRun in the order in which they stand here. A run that is
 killed at any time goes on to the same bits: what its checkpoint does not hold follows from seed and step.
 """
+import copy
 import os
 import shutil
 import signal
@@ -20,15 +21,20 @@ from tqdm import tqdm
 from harness import files, processes
 from harness.checkpoints import FORMAT, load_visual, read_checkpoint, save_checkpoint
 from harness.log import Log
-from harness.options import differences
+from harness.options import data_options, differences, doubts
 from harness.processes import DTYPES, LAUNCH, RANK, RESTARTS, WORLD, environment, gathered, rank0
-from harness.reports import at_chance, draw_curves, draw_examples, markdown_table, try_to_draw
+from harness.reports import (at_chance, ball, draw_curves, draw_examples, guessing, markdown_table,
+                             nothing_readable, try_to_draw)
 from harness.trackers import Trackers
 from model import parts_of
+from prompts import prompt_warnings
+from tasks.contents import differing, fingerprint
 from tasks.loading import batches, on_device
-from tasks.sampling import fingerprint, training_order
+from tasks.sampling import few_shots, training_order
+from tasks.task import load_task, task_names
 
 NAME = ("model", "loss", "adapt", "seed")               # what the name of every run says
+PROMPTS = {"image-prompt": "border", "token-prompt": "tokens"}          # {--adapt: name in ImageEncoder}
 
 
 class TrainingRun:
@@ -46,10 +52,15 @@ class TrainingRun:
                 raise ValueError("--resume goes on with a run, --overwrite replaces it: give one of them")
             if args.resume:
                 args, self.checkpoint = options_of_run(parser, args)
-            self.args, self.left_open = parser.settle(args), args.dtype is None
+            begun = self.checkpoint is not None and self.checkpoint["step"] > 0         # --init is not needed
+            self.start, known = start_of(args) if args.init and not begun else (None, {})
+            self.args, self.left_open = parser.settle(args, **known), args.dtype is None
             del self.args.resume, self.args.overwrite
-            self.out = Path(args.out or f"out/{parser.name(self.args, NAME)}")
+            self.out = Path(args.out or f"out/{parser.name(self.args, NAME, **known)}")
             self.args.out, self.identity = str(self.out), parser.identity(self.args)
+            self.warnings = doubts(self.args)
+            if begun and args.init and not Path(args.init).exists():
+                self.identity["init"] = self.checkpoint["training"]["identity"].get("init")
             self.device = processes.start(self.args)
             self.look()
             self.trackers = Trackers(self.args.report_to)
@@ -67,10 +78,11 @@ class TrainingRun:
         if self.left_open:
             self.args.dtype = rank0(lambda: self.dtype_of_the_run(results))
             self.identity = self.identity | {"dtype": self.args.dtype}
-        finished = isinstance(results, dict) and results.get("identity") == self.identity
+        there = results.get("identity") if isinstance(results, dict) else None
+        finished = isinstance(there, dict) and not differences(there, self.identity)
         if finished and not self.overwrite and (
                 not self.checkpoint or self.checkpoint["step"] == results["step"]):
-            self.show_finished()
+            self.show_finished(elsewhere=there != self.identity)
         if not self.checkpoint:
             rank0(self.refuse_to_overwrite)
             return
@@ -102,41 +114,116 @@ class TrainingRun:
         except ValueError:
             return -1
 
-    def show_finished(self):
-        """Print the table of the run that is there, and end the process."""
+    def show_finished(self, elsewhere=False):
+        """Print the table of the run that is there, and end the process. elsewhere: the command line names
+        other places for the data than the run. ValueError: there are other images at those."""
+        after = rank0(lambda: files.read_json(self.out / "results.json"))
+        changed = rank0(lambda: self.changes_since(after))
+        if changed and elsewhere:
+            raise ValueError(f"{self.out} holds a finished run; at other places than its own for the images, "
+                             f"{changed}; --out DIR writes elsewhere, --overwrite replaces it")
         if RANK == 0:
-            after = files.read_json(self.out / "results.json")
             print(f"{self.out} is finished, after step {after['step']:,}: this is its table, nothing was "
                   "computed")
             self.print_tables(files.read_json(self.out / "results_before.json"), after)
             if after["code"] != files.source_version():
                 print("\nwarning: the sources have changed since then; --overwrite trains anew")
+            if changed:
+                print(f"\nwarning: {changed}")
         processes.end()
 
-    def claim(self, clip, train, total_steps, *, compares_images):
+    def changes_since(self, results):
+        """In words, how the images of a finished run have changed since, or why that is not known; or ""."""
+        before = results.get("data")
+        if not before:
+            return ("whether its images have changed since is not known: it was written before that was "
+                    "recorded")
+        if all(found["drawn"] for found in before):
+            return ""                                   # by the sources
+        try:
+            train, *others = load_data(self.args)
+        except (ValueError, OSError) as error:
+            return f"whether its images have changed since is not known: {error}"
+        tasks = [train, *sum(others, [])]
+        if len(tasks) != len(before):
+            return f"its images have changed since: they were of {len(before)} sets, now of {len(tasks)}"
+        words = [f"{task.name}: {', '.join(found)}" for task, old in zip(tasks, before)
+                 if (found := differing(task, old, fingerprint(task)))]
+        return f"its images have changed since then: {'; '.join(words)}" if words else ""
+
+    def claim(self, clip, tokenizer, train, others, schedule_steps, warmup, *, compares_images):
         """Make the folder this run's alone, with a checkpoint to go on from. Ends the process if no step is
-        left. train: the Task adapted on. compares_images: the loss compares an image with the others of its
+        left. train: the Task adapted on; others: those evaluated on; schedule_steps, warmup: steps of the
+        whole schedule, and of its warm-up. compares_images: the loss compares an image with the others of its
         micro-batch, which must stay as they are. ValueError or OSError."""
-        self.clip, self.data, self.total_steps = clip, fingerprint(train), total_steps
+        total_steps = min(schedule_steps, self.args.max_steps or schedule_steps)
+        self.clip, self.total_steps, self.warmup = clip, total_steps, warmup
+        self.data = rank0(lambda: [fingerprint(task) for task in (train, *others)])
         self.classes, self.per_epoch = len(train.class_names), len(train.images) // self.args.batch_size
         before = self.checkpoint or {"training": {}, "config": vars(self.args)}
         parts = len(before["training"].get("window", [0] * WORLD)), before["config"]["accumulate"]
         if compares_images and parts != (WORLD, self.args.accumulate):
             raise ValueError(f"--loss {self.args.loss} contrasts the images of a micro-batch: go on in "
                              f"{parts[0]} process(es), with --accumulate {parts[1]}")
-        if before["training"].get("data", self.data) != self.data:
-            raise ValueError(f"the images of {self.args.dataset} are not those that the run in {self.out} "
-                             "began with")
+        data = before["training"].get("data")
+        if isinstance(data, str):
+            self.print(f"note: whether the images of {train.name} are those that the run began with is not "
+                       "known: its checkpoint was written before their contents were recorded")
+        elif data and (changed := differing(train, data, self.data[0])):
+            raise ValueError(f"the images of {train.name} are not those that the run in {self.out} began "
+                             f"with: {', '.join(changed)}; --out DIR begins another, --overwrite replaces it")
         if len({*gathered(self.first_step)}) > 1:
             raise ValueError(f"the processes see different checkpoints in {self.out}: it must be one folder "
                              "for all machines")
         if self.first_step >= total_steps and files.read_json(self.out / "results.json"):
             self.show_finished()
+        if self.start and not self.first_step:
+            self.start = self.weights_of_start()
         rank0(self.take_folder)
+        self.warnings += hopeless(self.args, total_steps, warmup)
+        if RANK == 0:
+            print_warnings(self.warnings)
+        # printed when the prompts were encoded
+        self.warnings += dict.fromkeys(f"{task.name}: {text}" for task in (train, *others) for text in
+                                       prompt_warnings(tokenizer, task.class_names, task.template))
         config = vars(self.args) | environment(self.device)
         rank0(lambda: self.trackers.start(self.out, config, self.first_step, bool(self.checkpoint)))
         if RANK > 0:
             self.log = Log(None, 0)
+
+    def weights_of_start(self):
+        """What --init begins with, checked: {name in the image encoder: tensor} and, under names of
+        `ImageEncoder`, visual prompts. The CLIP stays the original. ValueError."""
+        args, before = self.args, copy.deepcopy(self.clip.state_dict())
+        load_visual(self.clip, self.start, args.init)
+        start = copy.deepcopy(self.clip.state_dict())
+        self.clip.load_state_dict(before)
+        if not all(torch.equal(start[name], before[name]) for name in start if name[:7] != "visual."):
+            raise ValueError(f"--init {args.init} has another text encoder than --model {args.model} "
+                             f"--pretrained {args.pretrained}, which is the original CLIP: give a whole CLIP "
+                             "as --pretrained")
+        prompts = self.start.get("prompts", {})
+        lost = {*prompts} - {PROMPTS[method] for method in args.adapt.split(",") if method in PROMPTS}
+        if not lost and "border" in prompts:
+            inside = prompts["border"][:, :, args.border:-args.border, args.border:-args.border]
+            lost = {"border"} if inside.any() else set()
+        if "tokens" in prompts and len(prompts["tokens"]) != args.tokens:
+            lost.add("tokens")
+        if lost:
+            raise ValueError(f"--init {args.init} has visual prompts ({', '.join(sorted(lost))}) that do not "
+                             f"fit into --adapt {args.adapt}, its --border or its --tokens")
+        return {name: t for name, t in start.items() if name.startswith("visual.")} | prompts
+
+    def take_start(self):
+        """Put what --init begins with into the image encoder, and in place of the prompts that are drawn."""
+        for name, tensor in self.clip.state_dict().items():
+            if name in self.start:
+                tensor.copy_(self.start[name])
+        for name in [name for name in PROMPTS.values() if name in self.start]:
+            prompt = self.start[name]
+            if name == "border":
+                prompt = prompt[0].flatten(1)[:, self.encoder.frame.cpu()]
+            self.others[name].data.copy_(prompt)
 
     def take_folder(self):
         """Of process 0: lock it, and leave nothing in it that is of another run or of a later checkpoint."""
@@ -163,11 +250,19 @@ class TrainingRun:
         """The table in results_before.json, of the tasks `names`: as this run has made it, or make()."""
         path = self.out / "results_before.json"
         known = rank0(lambda: files.read_json(path)) if self.checkpoint else None
-        if known and {*known["tasks"], *known.get("adapted", ())} == {*names}:
+        if known and {*known["tasks"], *known.get("adapted", ())} == {*names} and (
+                known.get("data", self.data[1:]) == self.data[1:]):
             return known
         results = make()
+        with self.refusing():
+            if nothing_readable(results):
+                raise ValueError(nothing_readable(results))
+        for name, row in (results["tasks"] | results.get("adapted", {})).items():
+            if guessing(row):
+                self.print(f"warning: {name}: {guessing(row)}")
         if RANK == 0:
-            files.write_json(path, {"config": vars(self.args) | environment(self.device), **results})
+            files.write_json(path, {"config": vars(self.args) | environment(self.device),
+                                    "data": self.data[1:], **results})
         return results
 
     def once(self, name, make):
@@ -186,7 +281,9 @@ class TrainingRun:
         if self.first_step:
             with self.refusing():
                 window = self.restore()
-        self.checkpoint = None                          # as large as the model, or three times so
+        elif self.start:
+            self.take_start()
+        self.checkpoint = self.start = None             # as large as the model, or three times so
         # Sums since the last line of the log, and of this step: loss, right, images. A checkpoint has those
         # of each process; where there were others, process 0 takes them all.
         if len(window) != WORLD:
@@ -326,7 +423,7 @@ class TrainingRun:
             self.log.write({"step": step, "epoch": epoch, **row})
             self.trackers.tell("log", step, {f"train/{word}": value for word, value in row.items()})
             args = self.args
-            if not self.warned and at_chance(self.log.rows, args.warmup, args.batch_size, self.classes):
+            if not self.warned and at_chance(self.log.rows, self.warmup, args.batch_size, self.classes):
                 self.warned = True
                 self.warn(f"accuracy on attacked images at chance ({100 / self.classes:.2g} %) for 100 "
                           "steps: is --lr or --eps too large?")
@@ -367,7 +464,7 @@ class TrainingRun:
         window = gathered(self.sums.tolist())
         if RANK == 0:
             prompts = self.encoder.prompts()
-            training = {"identity": self.identity, "data": self.data, "window": window,
+            training = {"identity": self.identity, "data": self.data[0], "window": window,
                         "skipped": self.skipped, "kept": self.kept, "optimizer": self.optimizer.state_dict(),
                         "others": {name: p.detach().cpu() for name, p in self.others.items()}}
             try:
@@ -402,20 +499,24 @@ class TrainingRun:
         if any("loss" in row for row in self.log.rows):
             try_to_draw(draw_curves, self.out / "curves.png", {self.out.resolve().name: self.log.rows})
 
-    def finish(self, before, after, examples):
+    def finish(self, before, after, examples, attacked):
         """Write results.json, with which the run is over, print the tables, draw curves.png and examples.png,
-        end the process. before, after: of `evaluate_tasks`; examples: {label: of `attacked_examples`}."""
+        end the process. before, after: of `evaluate_tasks`; examples: of CLIP's `attacked_examples`,
+        attacked() → of the trained encoder's, called when no result hangs on it any more."""
         if RANK == 0:
             facts = {"config": vars(self.args) | environment(self.device), "identity": self.identity,
-                     "code": files.source_version(), "step": self.total_steps,
+                     "code": files.source_version(), "data": self.data, "step": self.total_steps,
                      "trained": sum(p.numel() for p in self.trainable.values())}
-            after = facts | ({"skipped": self.skipped} if self.skipped else {}) | after
+            more = {"skipped": self.skipped, "warnings": self.warnings}
+            after = facts | {word: value for word, value in more.items() if value} | after
             files.write_json(self.out / "results.json", after)
             self.print_tables(before, after)
             self.trackers.report(self.total_steps, after)
             self.draw_curves()
-            if all(examples.values()):
-                try_to_draw(draw_examples, self.out / "examples.png", examples, self.args.eps)
+            if examples:
+                def draw(path):
+                    draw_examples(path, {"CLIP": examples, self.args.loss: attacked()}, self.args.eps)
+                try_to_draw(draw, self.out / "examples.png")
             print(f"\nwrote {self.out}/: " + ", ".join(path.name for path in sorted(self.out.iterdir())
                                                        if path.is_file()))
         processes.end()
@@ -423,9 +524,44 @@ class TrainingRun:
     def print_tables(self, before, after):
         config = after["config"]
         if after["tasks"]:
-            print(f"\nPGD-{config['eval_steps']}, {config['norm']} ε = {config['eps']:g}/255\n")
+            steps, eps = config["eval_steps"], config["eps"] / 255
+            print(f"\nPGD-{steps}, {ball(config['norm'], eps, eps / min(4, steps))}\n")
             tables = ({"CLIP": before} if before else {}) | {config["loss"]: after}
             print(markdown_table(tables, after.get("adapted", ())))
+        print_warnings(after.get("warnings", ()))
+
+
+def load_data(args):
+    """(the Task to adapt on, [those to evaluate on], [held-out images of the first, if not among these])."""
+    names = task_names(args.tasks, args.dataset, args.data_root)
+    where = data_options(args, [args.dataset, *names])
+    tasks = [load_task(name, "val", **where) for name in names]
+    train = load_task(args.dataset, "train", **where)
+    train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
+    seen = not tasks or train.name in [task.name for task in tasks]
+    return train, tasks, [] if seen else [load_task(args.dataset, "val", **where)]
+
+
+def start_of(args):
+    """(the checkpoint of --init, what it decides of the options that are left open). ValueError."""
+    start = read_checkpoint(args.init, args.model)
+    known = {word: start[word] for word in ("model", "pretrained")}
+    # a whole CLIP is its own original
+    return start, known | ({"pretrained": args.init} if "text_state" in start else {})
+
+
+def hopeless(args, total_steps, warmup):
+    """What keeps a run from training, in words: a list."""
+    found = [] if args.lr else ["--lr 0: nothing is trained"]
+    if total_steps < warmup:
+        found.append(f"the run ends after {total_steps:,} steps, inside its warm-up of {warmup:,}: the "
+                     f"learning rate gets to {100 * total_steps / warmup:.3g} % of --lr")
+    return found
+
+
+def print_warnings(texts):
+    for text in texts:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def options_of_run(parser, args):
@@ -448,8 +584,8 @@ def read_run(path):
     before it is named, if that is whole."""
     path = Path(path)
     previous = path.with_name("ckpt-previous.pt")
-    kinds = {"identity": dict, "data": str, "optimizer": dict, "others": dict, "window": list, "skipped": int,
-             "kept": dict}
+    kinds = {"identity": dict, "data": dict | str, "optimizer": dict, "others": dict, "window": list,
+             "skipped": int, "kept": dict}
     try:
         checkpoint = read_checkpoint(path)
         training = checkpoint.get("training")

@@ -5,6 +5,7 @@ Memes as hateful_memes/{test_seen,test_unseen}.jsonl + img/, or else as the shar
 clip-benchmark, say wds_cars/. On opening, nothing is downloaded or written, and no image decoded."""
 import json
 import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from torch.utils.data import TensorDataset
 
 from prompts import clean_class_name, openai_templates
 from tasks.class_names import class_rows, country_names, imagenet_class_names
-from tasks.images import Images, Shards, one_line
+from tasks.images import Images, Shards, one_line, printable
+from tasks.splits import split_of, splits_in, taken
 
 TEMPLATE = "This is a photo of a {}"                 # the paper's, without a full stop
 # words for the images to adapt on, None: for evaluation only; and for those that the paper reports on
@@ -65,33 +67,75 @@ def _lines(path):
     return [line.strip() for line in path.read_text("utf-8").rstrip().splitlines()] if path.is_file() else []
 
 
-def open_shards(path, split, size, native=False):
-    """(Shards, class names, their own templates) of clip-benchmark's folder, or of its folder of tars, test/.
-    native: see `to_pixels`. ValueError, in one line: not there, not shards, some missing or damaged."""
-    path, split = Path(path), "test" if split == "val" else split
-    if not path.is_dir():
+def listed_tars(folder):
+    """The tars in a folder, 9.tar before 10.tar. ValueError, in one line: some are compressed."""
+    files = [file for file in folder.iterdir() if file.name[0] != "."]
+    packed = [file for file in files
+              if re.search(r"\.(tar\.(gz|bz2|xz|zst|lz4|z|br)|tgz|tbz2?|txz|tzst)$", file.name.lower())]
+    if packed:
+        raise ValueError(f"{printable(packed[0])} is compressed: unpack it, with gunzip or the like; images "
+                         "are read in any order")
+    tars = [file for file in files if file.suffix.lower() == ".tar"]
+    return sorted(tars, key=lambda tar: (len(tar.name), tar.name))
+
+
+def split_of_tar(tar):
+    """The split that a tar's name says, as x-train-00.tar does; or None."""
+    return next(filter(None, map(split_of, re.split("[^A-Za-z]+", tar.name))), None)
+
+
+def tars_of(path, split):
+    """(the folder with a split's tars, they, the split's name) of a folder of shards: of the tars in it, by
+    the splits in their names (x-train-00.tar) or in its own; or of its folders test/, train/, …"""
+    tars = listed_tars(path)
+    if not tars:
+        found = splits_in(path, listed_tars)
+        part = taken(found, split, path) if "all" not in found else split
+        path = found.get(part, path / "test")
+        tars = listed_tars(path) if path.is_dir() else []
+        strange = [tar for tar in tars if split_of_tar(tar) not in (None, part)]
+        if strange and part in found:
+            raise ValueError(f"{path} holds {strange[0].name}, of another split by its name")
+        return path, tars, part
+    of_tar = {tar: split_of_tar(tar) for tar in tars}
+    if len({*of_tar.values()}) == 1:
+        part = of_tar[tars[0]] or split_of(path.name) or "all"
+        if split == "train" != part:
+            raise ValueError(f"{path} is not the train split")
+        return path, tars, part
+    if None in of_tar.values():
+        named = [tar.name for tar in tars if of_tar[tar]]
+        raise ValueError(f"{path} holds {named[0]}, of a split by its name, beside other shards: give each "
+                         "split a folder of its own")
+    part = taken({*of_tar.values()}, split, path)
+    return path, [tar for tar in tars if of_tar[tar] == part], part
+
+
+def open_shards(path, split, size, resize=None, classes=None):
+    """(Shards, class names, their own templates, the split's name) of clip-benchmark's folder, or of its
+    folder of tars, test/. size, resize: of `Images`; classes: their names, if there is no classnames.txt.
+    ValueError, in one line: not there, not shards, some missing or damaged."""
+    if not Path(path).is_dir():
         raise ValueError(f"no such folder: {path}")
-    if not list(path.glob("*.tar")):
-        path = path / split
-    elif path.name != split and "train" in (split, path.name):
-        raise ValueError(f"{path} is not the {split} split")
-    tars = sorted(path.glob("*.tar"), key=lambda tar: (len(tar.name), tar.name))     # 9.tar before 10.tar
-    classes, templates = (next(filter(None, map(_lines, (path.parent / file, path / file))), [])
-                          for file in ("classnames.txt", "zeroshot_classification_templates.txt"))
+    path, tars, part = tars_of(Path(path), split)
+    own, templates = (next(filter(None, map(_lines, (path.parent / file, path / file))), [])
+                      for file in ("classnames.txt", "zeroshot_classification_templates.txt"))
+    classes = own or classes
     if not tars or not classes:
-        missing = "classnames.txt beside it" if tars else "*.tar in it"
+        missing = "classnames.txt beside it, and no --class-names" if tars else "*.tar in it"
         raise ValueError(f"{path} is not clip-benchmark's: no {missing}")
     expected = _lines(path / "nshards.txt")
     if expected and expected != [str(len(tars))]:
         raise ValueError(f"{path} holds {len(tars)} of {expected[0]} shards")
     templates = [line.replace("{c}", "{}") for line in templates if "{c}" in line]
-    return Shards(tars, size, native), classes, templates
+    return Shards(tars, size, classes, resize), classes, templates, part
 
 
 def find(name, data_root, split="val"):
     """Where a set is under data_root: (its folder, False), (its folder of shards, True), or None."""
     root, benchmark = Path(data_root), BENCHMARKS[name]
-    if name == "imagenet" and any((root / folder / split).is_dir() for folder in ("imagenet", "")):
+    if name == "imagenet" and any(split_of(entry.name) == split and entry.is_dir() for folder in
+                                  (root / "imagenet", root) if folder.is_dir() for entry in folder.iterdir()):
         return root, False
     if name != "imagenet" and (root / benchmark.folder).is_dir():
         return root / benchmark.folder, False
@@ -119,7 +163,8 @@ def present(data_root):
 
 
 def _words(name, classes, templates):
-    """A set's classes, in its order, in the words that the paper's prompts need, or CLIP's ("openai")."""
+    """A set's classes, in its order, in the words that the paper's prompts need, or CLIP's ("openai"); the
+    WordNet ids of ImageNet's, wherever they stand, in ImageNet's."""
     if name in OWN_WORDS:
         known = {alias: row[1 if templates == "openai" else 2] for row in OWN_WORDS[name] for alias in row}
         strange = [c for c in classes if c not in known]
@@ -134,7 +179,7 @@ def _words(name, classes, templates):
              "aircraft": lambda c: f"Boeing {c}" if c.startswith("7") else c,       # as the authors do
              "flowers102": lambda c: c.rstrip("?"),                                 # pink-yellow dahlia?
              "country211": lambda c: country_names().get(c, c)}
-    return list(map(rules.get(name, str), classes))
+    return list(map(rules.get(name, lambda c: imagenet_class_names().get(c, c)), classes))
 
 
 def _samples(dataset):
@@ -150,7 +195,7 @@ def _samples(dataset):
     return (sorted(pairs) if opener == "SUN397" else pairs) or dataset  # SUN397: in the disk's order
 
 
-def _open_files(name, split, data_root, size):
+def _open_files(name, split, data_root, size, resize):
     """(images, class names as the files have them) of a set in torchvision's layout."""
     opener, folder, train, test = BENCHMARKS[name][:4]
     if name == "hateful-memes":
@@ -159,7 +204,7 @@ def _open_files(name, split, data_root, size):
         if not rows:
             raise FileNotFoundError("no test_seen.jsonl and test_unseen.jsonl")
         samples = [(str(folder / row["img"]), row["label"]) for row in rows]
-        return Images(name, samples, size), ["meme", "hatespeech meme"]
+        return Images(name, samples, size, resize), ["meme", "hatespeech meme"]
     from torchvision import datasets        # here, as it takes more than a second to import
     opener = getattr(datasets, opener)
     if name == "stl10":         # its checksums would read 2.6 GB that nothing here uses
@@ -171,13 +216,14 @@ def _open_files(name, split, data_root, size):
         labels = torch.tensor(dataset.labels if name == "stl10" else dataset.targets, dtype=torch.int64)
         return TensorDataset(images, labels, torch.arange(len(labels))), dataset.classes
     classes = [row[0] for row in OWN_WORDS["pcam"]] if name == "pcam" else getattr(dataset, "classes", None)
-    return Images(name, _samples(dataset), size), classes or dataset.categories
+    return Images(name, _samples(dataset), size, resize), classes or dataset.categories
 
 
-def load_benchmark(name, split, *, size, data_root=None, templates="paper"):
-    """(images, class names, template, source) of one of BENCHMARKS, but for ImageNet's folders, or of shards,
-    wds:PATH. split: "train" or "val". size: the model's resolution; those in NATIVE stay at their own.
-    ValueError, in one line: not there (it says how to get it), not whole, or without that split."""
+def load_benchmark(name, split, *, size, data_root=None, templates="paper", resize=None, classes=None):
+    """(images, class names, template, source, split) of one of BENCHMARKS, but for ImageNet's folders, or of
+    shards, wds:PATH. split: "train" or "val". size, resize: of `Images`; those in NATIVE stay at their own.
+    classes: of `open_shards`. ValueError, in one line: not there (it says how to get it), not whole, or
+    without that split."""
     if name.startswith("wds:"):
         path, are_shards = Path(name.removeprefix("wds:")), True
         called = {f"wds_{shards}": known for known, row in BENCHMARKS.items() for shards in row.shards}
@@ -195,11 +241,13 @@ def load_benchmark(name, split, *, size, data_root=None, templates="paper"):
     if path is None:
         folders = " or ".join([benchmark.folder, *(f"wds_{shards}" for shards in benchmark.shards)])
         raise ValueError(f"{name} is not under {data_root} as {folders}; {how}")
+    part = "all" if unsplit and name != "hateful-memes" else split if split == "train" else "test"
     if are_shards:
-        images, classes, own = open_shards(path, split, NATIVE.get(name, size), name in NATIVE)
+        how = (NATIVE[name], "none") if name in NATIVE else (size, resize)
+        images, classes, own, part = open_shards(path, split, *how, classes)
     else:
         try:
-            images, classes = _open_files(name, split, data_root, size)
+            images, classes = _open_files(name, split, data_root, size, resize)
         except Exception as error:      # torchvision's classes raise what the first missing file makes them
             raise ValueError(f"{path} is not whole: {one_line(error)}; {how}") from None
     if not len(images):
@@ -209,4 +257,4 @@ def load_benchmark(name, split, *, size, data_root=None, templates="paper"):
         source += " (clip-benchmark's test split; the paper takes all images)"
     if templates == "openai":
         template = name not in BENCHMARKS and own or openai_templates(name)
-    return images, _words(name, classes, templates), template, source
+    return images, _words(name, classes, templates), template, source, part

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from tasks.images import ImageSet, one_line, printable, read_file, retry_io
+from tasks.splits import taken
 
 FORMAT = "TeCoA image cache 1"
 RECORD = np.dtype([("crc32", "<u4"), ("source", "<u4")])
@@ -42,7 +43,8 @@ def open_cache(path):
 def damaged(path, offset, index):
     """The images in the file that do not have the crc32 of the index: (their numbers, a line about them)."""
     with open(path, "rb") as file, tqdm(index["crc32"].tolist(), desc="verify", unit="image") as bar:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)   # read the disk, not memory's copy
+        if hasattr(os, "posix_fadvise"):       # read the disk, not memory's copy
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         file.seek(offset)
         count = 3 * int(index["size"]) ** 2
         bad = [i for i, crc32 in enumerate(bar) if zlib.crc32(file.read(count)) != crc32]
@@ -52,26 +54,34 @@ def damaged(path, offset, index):
 
 class Cache(ImageSet):
     """One split of a file by `python data.py cache`; an item is compared with its checksum. ValueError, in
-    one line: not a whole cache, made for another size, or without that split."""
-    def __init__(self, path, split, size):
+    one line: not a whole cache, made for another size or with another --resize, or without that split."""
+    def __init__(self, path, split, size, resize=None):
         images, index = open_cache(path)
-        splits, counts = index["parts"].tolist(), index["counts"]
-        if index["size"] != size:
+        splits, counts, made = index["parts"].tolist(), index["counts"], str(index.get("resize", ""))
+        if resize is not None and str(resize) != made:
+            raise ValueError(f"{path} was made with --resize {made or 'as it is by default'}, not {resize}: "
+                             f"make one with data.py cache --resize {resize}")
+        if index["size"] != size and made != "none":
             raise ValueError(f"{path} is of {index['size']} pixels, not {size}: make one with --size {size}")
-        if split not in splits:
-            raise ValueError(f"{path} has no {split} images, only {' and '.join(splits)}")
+        size, split = int(index["size"]), taken(splits, split, path)
         start, self.count = int(counts[:splits.index(split)].sum()), int(counts[splits.index(split)])
-        self.file, self.size, self.offset = path, size, images.offset + start * 3 * size * size
+        self.path, self.split, self.size, self.offset = path, split, size, images.offset + start * 3 * size**2
         self.labels, self.paths, self.crc32 = (
             index[name][start:start + self.count] for name in ("labels", "paths", "crc32"))
+        self.containers = path, f"{path}.index.npz"
         self.class_names, self.template = index[f"{split}_class_names"].tolist(), str(index["template"])
+        if f"{split}_classes" in index:         # what their folders are called
+            self.classes = index[f"{split}_classes"].tolist()
 
     def where(self, index):
-        return f"{os.fsdecode(self.paths[index])} in {self.file}"
+        return f"{self.file(index)} in {self.path}"
+
+    def file(self, index):
+        return os.fsdecode(self.paths[index])
 
     def read(self, index):
         label, count = int(self.labels[index]), 3 * self.size ** 2
-        pixels = retry_io(read_file, self.file, count, self.offset + index * count)
+        pixels = retry_io(read_file, self.path, count, self.offset + index * count)
         if zlib.crc32(pixels) != self.crc32[index]:
             raise ValueError("damaged, its checksum is another")
         return torch.frombuffer(pixels, dtype=torch.uint8).view(3, self.size, self.size), label

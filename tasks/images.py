@@ -1,5 +1,6 @@
 """Images of any mode, in folders, in files, in one file or in shards → uint8 [3,H,W], with one-line errors
 that name what is damaged. Nothing in a file is executed; none takes more memory than PIL allows an image."""
+import contextlib
 import errno
 import functools
 import io
@@ -8,14 +9,18 @@ import stat
 import tarfile
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from tasks.splits import split_of, visible
+
 FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"    # not EPS, for which PIL starts Ghostscript
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")    # torchvision's
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262                         # tags of TIFF; of the second 0: 0 is white
 MOST_BYTES = 2**30                                              # of a file with one image
 # what a network disk says for a moment, and how long to wait each time before asking again, in seconds
 TRANSIENT = {getattr(errno, name, None) for name in (
@@ -60,7 +65,8 @@ def retry_io(read, *words):
 
 def read_file(path, count=None, offset=0):
     """A file, or `count` bytes from `offset` on, as a bytearray. OSError; ValueError: no file, too long."""
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)    # waits for no pipe's other end
+    # waits for no pipe's other end; Windows, where there are none, translates line ends if not told
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
         status, done = os.fstat(file), 0
         if not stat.S_ISREG(status.st_mode):
@@ -69,20 +75,24 @@ def read_file(path, count=None, offset=0):
         if count > MOST_BYTES:
             raise ValueError(f"{count:,} bytes are too many for an image")
         content = bytearray(count)
+        os.lseek(file, offset, os.SEEK_SET)
         while done < count:     # where the disk fails, a map of the file would end in SIGBUS
-            read = os.preadv(file, [memoryview(content)[done:]], offset + done)
+            read = os.read(file, count - done)
             if not read:
                 end = offset + done
                 raise ValueError(f"cut short: the file ends at byte {end:,}, not {offset + count:,}")
-            done += read
+            content[done:done + len(read)] = read
+            done += len(read)
         return content
     finally:
         os.close(file)
 
 
 def rgb(source):
-    """An image of any mode (a file, an open one, or PIL's) → PIL RGB, 8 bits. 16 bits of grey are scaled (PIL
-    clips them); what lies under transparency shows. Raises whatever PIL's decoders do, or ValueError."""
+    """An image of any mode (a file, an open one, or PIL's) → PIL RGB, 8 bits, as torchvision's loader makes
+    it: of several frames the first, and what lies under transparency shows. But 16 bits of grey are scaled,
+    which PIL clips, and what has no known white (floating point, 32 or 12 bits) is a ValueError. Raises
+    whatever PIL's decoders do."""
     try:
         image = source if isinstance(source, Image.Image) else Image.open(source, formats=FORMATS)
     except UnidentifiedImageError:               # its words name an address in memory
@@ -90,25 +100,36 @@ def rgb(source):
     except Image.DecompressionBombError:
         raise ValueError(f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels are too many") from None
     with image:
-        if image.mode.startswith("I"):           # I;16 and its byte orders, or I
-            image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        bits = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (16,))[0]               # of a TIFF
+        if image.mode == "F" or image.mode == "I" and image.format not in ("PPM", "PNG"):
+            kind = "floating-point" if image.mode == "F" else "32-bit or signed"
+            raise ValueError(f"{kind} pixels, of which nobody knows what is white: save them with 8 bits")
+        if image.mode.startswith("I"):           # I;16 and its byte orders; what PIL has scaled to 16 bits: I
+            if bits != 16:
+                raise ValueError(f"{bits}-bit pixels: save them with 8 or 16 bits")
+            grey = np.rint(np.asarray(image) / 257).clip(0, 255)
+            negative = image.mode != "I" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
+            image = Image.fromarray((255 - grey if negative else grey).astype(np.uint8))
         return image.convert("RGB")
 
 
-def to_pixels(size, native=False):
-    """A function: an image as `rgb` takes it → uint8 [3,size,size], by Resize(256/224·size) and
-    CenterCrop(size); native: by neither, ValueError for another size."""
+def to_pixels(size, resize=None):
+    """A function: an image as `rgb` takes it → uint8 [3,size,size], by Resize(resize), None for 256/224·size,
+    and CenterCrop(size); resize="none": by neither, ValueError for another size."""
+    if resize not in (None, "none") and resize < size:
+        raise ValueError(f"--resize {resize} is less than the {size} pixels that are cropped from it")
     from torchvision.transforms.v2 import functional as F       # here, as that takes over a second
+
     def pixels(source):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")      # of large images, palettes with transparency, odd metadata
             image = rgb(source)
-            if native and image.size != (size, size):
+            if resize == "none" and image.size != (size, size):
                 raise ValueError(f"{image.width:,}×{image.height:,} pixels, not {size}×{size}")
-            if not native:
+            if resize != "none":
                 most = 64 * min(image.size)      # resized, 1×60,000 would be 256×15 million: only its middle
                 image = F.center_crop(image, [min(image.height, most), min(image.width, most)])
-                image = F.resize(image, round(size * 256 / 224), Image.Resampling.BICUBIC)
+                image = F.resize(image, resize or round(size * 256 / 224), Image.Resampling.BICUBIC)
                 image = F.center_crop(image, [size, size])
             return F.pil_to_tensor(image)
     return pixels
@@ -116,7 +137,8 @@ def to_pixels(size, native=False):
 
 class ImageSet(Dataset):
     """Item i is (uint8 [3,size,size], label, i), or raises Unreadable, which names the image. A kind of it
-    has `count`, `where(i)`: an image's name, and `read(i)`: (pixels, label) or any error."""
+    has `count`; `where(i)`: an image's name; `file(i)`: its file's name inside the set, or None; and
+    `read(i)`: (pixels, label) or any error."""
     def __len__(self):
         return self.count
 
@@ -130,15 +152,33 @@ class ImageSet(Dataset):
             raise Unreadable(f"cannot decode {printable(self.where(index))}: {said}") from None
 
 
+def side(sources):
+    """The side in pixels of square images of one size, as the first of `sources` that can be read has it.
+    ValueError, in one line: it is no square, or none can be read."""
+    for source in sources:
+        with contextlib.suppress(Exception), rgb(source()) as image:
+            width, height = image.size
+            break
+    else:
+        raise ValueError("no image can be read")
+    if width != height:
+        raise ValueError(f"--resize none is for square images, the first is of {width:,}×{height:,} pixels")
+    return width
+
+
 class Images(ImageSet):
-    """Images of (file, label) pairs, or of a torchvision set kept in one file."""
-    def __init__(self, name, samples, size):
-        self.name, self.count, self.to_pixels = name, len(samples), to_pixels(size)
+    """Images of (file, label) pairs, or of a torchvision set kept in one file. size, resize: of `to_pixels`;
+    size None: that of the first image, which is kept in `size`."""
+    def __init__(self, name, samples, size, resize=None):
+        self.name, self.count = name, len(samples)
         self.samples, self.files, self.labels = samples, None, None
         if isinstance(samples, list):       # arrays: lists' reference counts would copy them to each worker
             self.start = os.path.commonprefix([file for file, _ in samples])
             self.files = np.array([os.fsencode(file[len(self.start):]) for file, _ in samples], np.bytes_)
             self.samples, self.labels = None, np.array([label for _, label in samples], np.int64)
+        if size is None:
+            size = side(functools.partial(self.source, i) for i in range(self.count))
+        self.size, self.to_pixels = size, to_pixels(size, resize)
 
     def path(self, index):
         return self.start + os.fsdecode(self.files[index])
@@ -146,11 +186,21 @@ class Images(ImageSet):
     def where(self, index):
         return f"image {index} of {self.name}" if self.files is None else self.path(index)
 
+    def file(self, index):
+        folder = self.start[:self.start.rfind(os.sep) + 1] if self.files is not None else ""
+        return self.path(index)[len(folder):] if self.files is not None else None
+
+    def source(self, index):
+        """An image as `rgb` takes it."""
+        if self.files is None:
+            return retry_io(self.samples.__getitem__, index)[0]
+        return io.BytesIO(retry_io(read_file, self.path(index)))
+
     def read(self, index):
         if self.files is None:
             image, label = retry_io(self.samples.__getitem__, index)
         else:
-            image, label = io.BytesIO(retry_io(read_file, self.path(index))), self.labels[index]
+            image, label = self.source(index), self.labels[index]
         return self.to_pixels(image), int(label)
 
 
@@ -169,66 +219,163 @@ def files_under(folder):
     return [os.path.join(where, name) for where, names in sorted(found) for name in names]
 
 
+def is_image(name):
+    return name.lower().endswith(EXTENSIONS)
+
+
+def holds_images(folder):
+    """Whether there is an image in a folder, at any depth, by their names."""
+    return any(is_image(name) and name[0] != "." for _, _, names in os.walk(folder) for name in names)
+
+
 class Folder(Images):
     """PATH/<class>/<image>, images as torchvision's ImageFolder finds them, but for hidden ones; how many
     files are left out because of their names is said. ValueError, in one line: no such folder, or another."""
-    def __init__(self, path, size):
+    def __init__(self, path, size, resize=None):
         self.root, shown, samples, others = Path(path), printable(path), [], []
         if not self.root.is_dir():
             raise ValueError(f"no such folder: {shown}")
         try:
             with os.scandir(self.root) as entries:
-                self.classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+                entries = [*entries]
+            self.classes = sorted(entry.name for entry in entries if visible(entry))
+            # beside the classes: of no class
+            others += [entry.path for entry in entries if entry.is_file() and is_image(entry.name)]
             for label, name in enumerate(self.classes):
                 files = files_under(self.root / name)
-                images = [(file, label) for file in files if file.lower().endswith(EXTENSIONS)]
+                images = [(file, label) for file in files if is_image(file)]
                 if not images:
                     raise ValueError(f"no images in {name}/")
+                start = len(os.path.join(self.root, name, ""))
+                inside = {file[start:].partition(os.sep)[0] for file, _ in images if os.sep in file[start:]}
+                if any(map(split_of, inside)):
+                    raise ValueError(f"{name}/ has {', '.join(sorted(inside)[:5])} in it, names of splits")
                 samples += images
-                others += [file for file in files if not file.lower().endswith(EXTENSIONS)]
+                others += [file for file in files if not is_image(file)]
             if not samples:
                 raise ValueError("no folders in it")
         except (ValueError, OSError) as error:
             raise ValueError(f"{shown} is not a folder of <class>/<image>: {one_line(error)}") from None
         if others:
-            say_once(f"{len(others):,} files under {shown} are left out, their names are not those of "
-                     f"images: {printable(others[0])}{', …' if len(others) > 1 else ''}")
-        super().__init__(path, samples, size)
+            say_once(f"{len(others):,} files under {shown} are left out, they are in no class's folder, or "
+                     f"not called like images: {printable(others[0])}{', …' if len(others) > 1 else ''}")
+        super().__init__(path, samples, size, resize)
+
+    def file(self, index):
+        return os.path.relpath(self.path(index), self.root)
+
+
+LABELS = ("cls", "txt")                  # a sample's label is in the first of these that it has
+SHARDS_KINDS = {**dict.fromkeys((*(e[1:] for e in EXTENSIONS), "gif", "img"), "image"),
+                **dict.fromkeys(LABELS, "label")}
+
+
+def samples_of(tar):
+    """What an open tar holds: ([(name, image's TarInfo, label's TarInfo or None, what is wrong or ""), …],
+    names of the members that are neither images nor labels).
+
+    A key is what stands before the first dot of a file's name, as in webdataset, or before the last one where
+    image and label have that in common (a.v2.jpg, a.v2.cls). A key that occurs n times, with n images and n
+    labels, is n samples; where the numbers differ nobody knows which belong together."""
+    keys, others = {}, []
+    for member in tar:
+        folder, file = os.path.split(member.name)
+        kind = SHARDS_KINDS.get(file.rpartition(".")[2].lower()) if "." in file[1:] else None
+        if member.isdir() or file.startswith("."):
+            continue
+        if not member.isreg() or kind is None:
+            others.append(member.name)
+            continue
+        keys.setdefault((folder, file.rpartition(".")[0]), {"image": [], "label": []})[kind].append(member)
+    whole = {key for key, parts in keys.items() if parts["image"] and parts["label"]}
+    for folder, key in [key for key in keys if key not in whole]:
+        first = folder, key.partition(".")[0]
+        if first in keys and first != (folder, key):
+            parts = keys.pop((folder, key))
+            if first in whole:                              # a.seg.png, beside a.png and a.cls
+                others += [member.name for member in parts["image"] + parts["label"]]
+            else:                                           # a.rgb.png, a.cls
+                for kind, members in parts.items():
+                    keys[first][kind] += members
+    found = []
+    for (_, key), parts in keys.items():
+        images, labels = parts["image"], parts["label"]
+        first = next((e for e in LABELS if any(m.name.lower().endswith(e) for m in labels)), "")
+        labels = [member for member in labels if member.name.lower().endswith(first)]
+        if len(images) == len(labels):
+            found += [(image.name, image, label, "") for image, label in zip(images, labels)]
+        else:
+            wrong = f"{key} has {len(images)} images and {len(labels)} labels"
+            found += [(member.name, member, None, wrong) for member in images or labels]
+    return found, others
 
 
 class Shards(ImageSet):
-    """The samples of tars, KEY.{webp,png,jpg,jpeg,img} + KEY.cls. Only headers are read here, items later, in
-    any order; workers share nothing. ValueError, in one line, for a damaged tar: a part is no accuracy."""
-    def __init__(self, tars, size, native=False):
-        self.tars, self.to_pixels = tars, to_pixels(size, native)
-        self.names, spans = [], []      # int64 [count, 5]: the tar; the image's offset and bytes; its label's
+    """The samples of tars, an image and its label each: see `samples_of`. A label is a class's number or its
+    name among `classes`. Only headers are read here, items later, in any order; workers share nothing. What
+    has no label, or more than one, is an item that cannot be read; how many members are neither images nor
+    labels, and which keys occur twice, is said. ValueError, in one line, for a damaged tar: a part is no
+    accuracy."""
+    def __init__(self, tars, size, classes, resize=None):
+        self.tars, self.containers, self.names, self.wrong = tars, tars, [], {}
+        names = [*enumerate(classes)]
+        self.numbers = {" ".join(name.lower().split()): number for number, name in reversed(names)}
+        spans, others, twice = [], [], []   # spans [count, 5]: the tar; image's offset and bytes; label's
         for number, path in enumerate(tars):
-            samples = {}
+            with open(path, "rb") as file:
+                if file.read(2) == b"\x1f\x8b":
+                    raise ValueError(f"{printable(path)} is compressed: unpack it with gunzip; images are "
+                                     "read in any order")
             try:
                 with tarfile.open(path, "r:") as tar:
-                    for member in tar:
-                        folder, file = os.path.split(member.name)
-                        key, _, kind = file.partition(".")
-                        kind = "image" if kind.lower() in ("webp", "png", "jpg", "jpeg", "img") else kind
-                        if member.isfile() and key and kind in ("image", "cls"):
-                            samples.setdefault((folder, key), {})[kind] = member
+                    found, strange = samples_of(tar)
                     tar.fileobj.seek(tar.offset)     # tarfile ends at any header that it cannot read
                     if tar.fileobj.read(512) != bytes(512):
                         raise tarfile.ReadError(f"no header and no end at byte {tar.offset:,}")
             except (tarfile.TarError, OSError) as error:
                 raise ValueError(f"{printable(path)} is damaged or cut short: {one_line(error)}") from None
-            for (_, key), sample in samples.items():
-                if len(sample) < 2:
-                    raise ValueError(printable(f"{path}: {key} is not an image with its label in {key}.cls"))
-                image, label = sample["image"], sample["cls"]
-                self.names.append(image.name)
+            others += [f"{name} of {path}" for name in strange]
+            count = Counter(name for name, _, _, wrong in found if not wrong)
+            twice += [f"{name} of {path}" for name in count if count[name] > 1]
+            for name, image, label, wrong in found:
+                if wrong:
+                    self.wrong[len(spans)] = wrong
+                self.names.append(name)
+                label = label or image
                 spans.append((number, image.offset_data, image.size, label.offset_data, label.size))
+        for names, what in ((others, "are left out, they are neither images nor labels"),
+                            (twice, "occur more than once, each time as a sample of its own")):
+            if names:
+                say_once(f"{len(names):,} members of the shards in {printable(Path(tars[0]).parent)} {what}: "
+                         f"{printable(names[0])}{', …' * (len(names) > 1)}")
         self.count, self.spans = len(spans), np.array(spans, np.int64).reshape(-1, 5)
+        if size is None:
+            size = side(functools.partial(self.source, i) for i in range(self.count) if i not in self.wrong)
+        self.size, self.to_pixels = size, to_pixels(size, resize)
 
     def where(self, index):
         return f"{self.names[index]} of {self.tars[self.spans[index, 0]]}"
 
-    def read(self, index):
+    def file(self, index):
+        return f"{Path(self.tars[self.spans[index, 0]]).name}/{self.names[index]}"
+
+    def source(self, index, part=0):
+        """The file with an image, or, part=1, with its label."""
         tar, *spans = self.spans[index].tolist()
-        image, label = (retry_io(read_file, self.tars[tar], spans[i + 1], spans[i]) for i in (0, 2))
-        return self.to_pixels(io.BytesIO(image)), int(label)
+        return io.BytesIO(retry_io(read_file, self.tars[tar], spans[2 * part + 1], spans[2 * part]))
+
+    def label(self, index):
+        """ValueError: it is neither a number nor the name of a class."""
+        text = " ".join(self.source(index, 1).read().decode("utf-8", "replace").split())
+        if text.lstrip("-").isdecimal():
+            if self.numbers.get(text, int(text)) != int(text):
+                raise ValueError(f"its label {text} is a class's number and another class's name")
+            return int(text)
+        if text.lower() not in self.numbers:
+            raise ValueError(f"its label {printable(text[:60])!r} is neither a number nor one of the classes")
+        return self.numbers[text.lower()]
+
+    def read(self, index):
+        if index in self.wrong:
+            raise ValueError(self.wrong[index])
+        return self.to_pixels(self.source(index)), self.label(index)

@@ -1,13 +1,14 @@
 """Batches of a task's images: read by workers, damaged ones named, copied to the device while it works."""
 import atexit
 import multiprocessing
+import os
 import signal
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
-from tasks.images import Unreadable, printable
+from tasks.images import Unreadable, printable, say_once
 from tasks.task import data_set, image_numbers
 
 IN_A_ROW = 10                    # images that cannot be read, until it is the disk that is gone
@@ -99,10 +100,15 @@ def batches(task, order, batch_size, workers, bad="raise"):
     lists of positions, one a batch. An image that cannot be read, or whose label is of no class, raises
     ValueError, in one line that names it. bad="leave out": it is left out; "replace": the next image of the
     task that can be read stands in its place, ValueError if IN_A_ROW cannot; it is among the batch's errors.
-    Workers are forked: any other way of starting them would run the stage script again in each."""
+    Workers are forked: any other way of starting them would run the stage script again in each. A system that
+    cannot fork has none."""
     if batch_size is not None:
         order = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     if isinstance(data_set(task), TensorDataset):
+        workers = 0
+    if workers and not hasattr(os, "fork"):
+        say_once("this system cannot fork: images are decoded in the main process; a cache (docs/data.md) "
+                 "needs no decoding")
         workers = 0
     if workers:
         atexit.unregister(end_workers)       # once, however many loaders there are

@@ -1,5 +1,4 @@
 """Decode every image of a data set once, into a file to use as cache:FILE (`python data.py cache`)."""
-import fcntl
 import os
 import shutil
 import sys
@@ -14,28 +13,50 @@ from tqdm import tqdm
 from tasks.cache import FORMAT, RECORD, damaged, open_cache
 from tasks.images import Folder
 from tasks.loading import batches
+from tasks.locks import lock_file
+from tasks.splits import TAKEN
 from tasks.task import image_root, load_task, split_folder
 
 BATCH = 128             # images that are decoded, written and recorded at a time
 
 
-def sources(dataset, data_root, size):
-    """(a Task of the images of all splits, train first; {name: array} for the index)."""
+def splits_of(dataset, data_root, how):
+    """The Tasks of a folder: of its train split, if it has one, and of that which is evaluated on. how: of
+    `load_task`. ValueError: it has neither."""
+    tasks, problem = [], None
+    for split in TAKEN:
+        try:
+            split_folder(dataset, split, data_root)
+        except ValueError as error:
+            problem = error
+            continue
+        tasks.append(load_task(dataset, split, data_root=data_root, **how))
+    if not tasks:
+        raise problem
+    return tasks
+
+
+def sources(dataset, data_root, size, resize):
+    """(a Task of the images of its splits, train first; {name: array} for the index)."""
     if dataset != "imagenet" and not dataset.startswith("folder:"):
         raise ValueError(f"imagenet and folder:PATH can be cached, not {dataset}")
     root = image_root(dataset, data_root)
-    is_split = split_folder(root, "val") != root
-    splits = [split for split in ("train", "val") if is_split and (root / split).is_dir()] or ["val"]
-    tasks = [load_task(dataset, split, size=size, data_root=data_root) for split in splits]
+    tasks = splits_of(dataset, data_root, {"size": size, "resize": resize})
     if not all(isinstance(task.images, Folder) for task in tasks):
         raise ValueError(f"{dataset} is there as shards: only folders can be cached")
+    size, *others = (task.images.size for task in tasks)
+    if {*others} > {size}:
+        raise ValueError(f"{dataset} has images of {size} pixels in one split, of {others[0]} in the other")
     labels, made_of = np.concatenate([task.images.labels for task in tasks]), str(root.resolve())
     paths = [os.path.relpath(task.images.path(i), root) for task in tasks for i in range(len(task.images))]
-    source = [zlib.crc32(os.fsencode(f"{made_of} {size} {name} {label} {stat.st_size} {stat.st_mtime_ns}"))
+    made = f"{made_of} {size}" + f" {resize}" * (resize is not None)
+    source = [zlib.crc32(os.fsencode(f"{made} {name} {label} {stat.st_size} {stat.st_mtime_ns}"))
               for name, label in zip(paths, labels) for stat in [os.stat(root / name)]]
     index = {"format": FORMAT, "made_of": made_of, "made_with": f"Pillow {PIL.__version__}", "size": size,
-             "template": tasks[0].template, "parts": splits, "counts": [len(task.images) for task in tasks],
-             **{f"{split}_class_names": task.class_names for split, task in zip(splits, tasks)},
+             "resize": str(resize or ""), "template": tasks[0].template,
+             "parts": [task.split for task in tasks], "counts": [len(task.images) for task in tasks],
+             **{f"{task.split}_class_names": task.class_names for task in tasks},
+             **{f"{task.split}_classes": task.images.classes for task in tasks},
              "labels": labels, "paths": [os.fsencode(path) for path in paths],
              "source": np.array(source, RECORD["source"])}
     everything = tasks[0]._replace(images=ConcatDataset([task.images for task in tasks]),
@@ -76,10 +97,12 @@ def decode(task, index, file, records, workers):
     return offset
 
 
-def make_cache(dataset, out, *, size=224, data_root=None, workers=0):
+def make_cache(dataset, out, *, size=224, data_root=None, workers=0, resize=None):
     """Decode every image of a data set into the file `out`, and verify it; after an interruption, the rest.
-    ValueError or OSError if it cannot start; after that SystemExit, in one line, and what is done is kept."""
-    task, index = sources(dataset, data_root, size)
+    size, resize: see `to_pixels`; resize="none": the images' own size. ValueError or OSError if it cannot
+    start; after that SystemExit, in one line, and what is done is kept."""
+    task, index = sources(dataset, data_root, size, resize)
+    size = int(index["size"])
     temporary, marker, n = Path(f"{out}.tmp"), Path(f"{out}.tmp.done"), len(index["source"])
     if os.path.exists(out):
         made = open_cache(out)[1]
@@ -96,8 +119,9 @@ def make_cache(dataset, out, *, size=224, data_root=None, workers=0):
     temporary.touch()
     try:
         with open(marker, "a+b", buffering=0) as records, open(temporary, "r+b") as file:
-            fcntl.lockf(records, fcntl.LOCK_EX | fcntl.LOCK_NB)     # of this process, not of its workers
+            lock_file(records)
             counts = " + ".join(f"{count:,} {split}" for count, split in zip(index["counts"], index["parts"]))
+            counts = counts.replace("all", "unsplit")
             print(f"{dataset}: {counts} images of {size}×{size} pixels, {needed / 1e9:,.3f} GB", flush=True)
             offset = decode(task, index, file, records, workers)
             records.seek(0)
@@ -110,6 +134,7 @@ def make_cache(dataset, out, *, size=224, data_root=None, workers=0):
                 np.savez(index_file, **index)
                 index_file.flush()
                 os.fsync(index_file.fileno())
+            file.close()                        # Windows renames no open file
             os.replace(temporary, out)          # last: FILE is there when all of it is
     except BlockingIOError:
         raise ValueError(f"another process is writing {temporary}") from None

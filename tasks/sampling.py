@@ -1,12 +1,9 @@
 """Which images of a task are adapted on, in which order, under which labels."""
-import hashlib
-import json
-
-import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from tasks.contents import known_labels
 from tasks.loading import batches
 from tasks.task import data_set, image_numbers
 
@@ -14,10 +11,9 @@ from tasks.task import data_set, image_numbers
 def labels_of(task, workers=0):
     """The data set's own label of each image, int64 [n], in the task's order: from its list, or else by
     decoding it once, −1 for one that cannot be read."""
-    images, numbers = data_set(task), list(image_numbers(task))
-    labels = images.tensors[1] if isinstance(images, TensorDataset) else getattr(images, "labels", None)
+    images, numbers, labels = data_set(task), list(image_numbers(task)), known_labels(task)
     if labels is not None:
-        return torch.as_tensor(labels).to(torch.int64)[numbers]
+        return torch.from_numpy(labels)
     found, own = {}, task._replace(images=Subset(images, numbers))
     for batch in tqdm(batches(own, range(len(numbers)), 256, workers, bad="leave out"),
                       desc=f"labels of {task.name}", unit="batch"):
@@ -67,14 +63,3 @@ def training_order(count, batch_size, seed, steps, rank=0, world=1):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
             shuffled = torch.randperm(count, generator=generator)
         yield shuffled[step % per_epoch * batch_size:][:batch_size][rank::world].tolist()
-
-
-def fingerprint(task):
-    """16 hex digits that identify a task's class names, its template and the images that are used, without
-    decoding any: by pixels in memory, by names and labels in files, by checksums in a cache."""
-    images, names = data_set(task), ("files", "labels", "crc32", "names", "spans")
-    known = images.tensors if isinstance(images, TensorDataset) else [getattr(images, n, None) for n in names]
-    digest = hashlib.sha256(json.dumps([task.class_names, task.template, len(images)]).encode())
-    for array in (image_numbers(task), *known):
-        digest.update(np.ascontiguousarray(array).tobytes() if array is not None else b"")
-    return digest.hexdigest()[:16]

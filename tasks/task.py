@@ -10,8 +10,9 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from prompts import openai_templates
 from tasks.benchmarks import BENCHMARKS, TEMPLATE, find, how_to_get, load_benchmark, present
 from tasks.cache import Cache
-from tasks.class_names import imagenet_class_names
-from tasks.images import Folder
+from tasks.class_names import imagenet_class_names, named
+from tasks.images import Folder, holds_images
+from tasks.splits import split_of, splits_in, taken
 from toy import world
 
 TOY_TRAIN, TOY_TEST = 16384, 400     # images drawn to adapt on, and per task to evaluate on
@@ -23,7 +24,8 @@ class Task(NamedTuple):
     images: Dataset              # item i: (uint8 [3,H,W], label, its number in the data set)
     class_names: list
     template: str                # or a list of them, an ensemble
-    source: str = ""             # where a named set was found
+    source: str = ""             # where a set that is not drawn was found
+    split: str = "all"           # train, val, test, or all: of a set that is not split
 
 
 def image_root(name, data_root):
@@ -36,46 +38,67 @@ def image_root(name, data_root):
     return root / "imagenet" if (root / "imagenet").is_dir() else root
 
 
-def split_folder(root, split):
-    """Where a split is: root's sub-folder of that name; for "val", root itself if that is not split."""
-    inside = {entry.name for entry in root.iterdir() if entry.is_dir()} if root.is_dir() else set()
-    is_split = {"train", "val"} <= inside or (inside and inside <= {"train", "val", "test"})
-    return root if split == "val" and not is_split else root / split
+def split_folder(name, split, data_root=None, classes=()):
+    """(the folder of <class>/<image> of `imagenet` or `folder:PATH` that holds a split, the split's name).
+    classes: see `splits_in`. ValueError, in one line: there is none, or it cannot be told."""
+    root = image_root(name, data_root)
+    if not root.is_dir():
+        raise ValueError(f"no such folder: {root}")
+    # beside ImageNet's there may be any other set, under --data-root
+    splits = splits_in(root, holds_images if name != "imagenet" else lambda folder: False, classes)
+    if name == "imagenet" and "all" in splits:
+        raise ValueError(f"no such folder: {root / split}")
+    if "all" in splits and split == split_of(root.name) == "train":      # a split's own folder
+        return root, split
+    part = taken(splits, split, root)
+    return splits[part], split_of(root.name) or part if part == "all" else part
 
 
-def load_task(name, split, *, size=224, data_root=None, limit=None, templates="paper"):
+def load_task(name, split, *, size=224, data_root=None, limit=None, templates="paper", resize=None, words=()):
     """One Task. split: "train" (to adapt on), "val" (to evaluate on), "tune" (to choose by; the toy world's).
     size: the model's resolution in pixels, for images of no fixed one. limit: at most so many images, evenly
     spread over the set; toy sets are drawn that small. templates: the "paper"'s, or "openai": CLIP's ensemble
-    for the set, if it is not a toy. ValueError, in one line: not there, or with fewer than two classes."""
+    for the set, if it is not a toy. resize: of images in files, see `to_pixels`. words: of `own_words`.
+    ValueError, in one line: not there, or with fewer than two classes."""
     if templates not in ("paper", "openai"):
         raise ValueError(f"templates are paper or openai, not {templates}")
     toy = TOY_ADAPTED if name == "toy" else name.removeprefix("toy:")
     found = find(name, data_root, split) if name == "imagenet" and data_root is not None else None
+    classes, template = dict(words).get(name, (None, None))
+    how = {"size": None if resize == "none" else size, "resize": resize}
     if toy == "scans" and split != "val":
         raise ValueError("scans are for evaluation only: all of its images are reported on")
     if toy in world.TASKS:
         count = TOY_TRAIN if split == "train" else TOY_TEST
-        images, labels = world.task(toy, "test" if split == "val" else split, min(count, limit or count))
-        task = Task(toy, TensorDataset(images, labels, torch.arange(len(labels))), *world.TASKS[toy])
+        part = "test" if split == "val" else split
+        images, labels = world.task(toy, part, min(count, limit or count))
+        images = TensorDataset(images, labels, torch.arange(len(labels)))
+        task = Task(toy, images, *world.TASKS[toy], split=part)
     elif name.startswith("folder:") or name == "imagenet" and not (found and found[1]):
         try:
-            folder = Folder(split_folder(image_root(name, data_root), split), size)
-            task = Task(name, folder, [imagenet_class_names().get(c, c) for c in folder.classes], TEMPLATE)
+            path, part = split_folder(name, split, data_root, classes if isinstance(classes, dict) else ())
+            folder = Folder(path, **how)
+            called = [imagenet_class_names().get(c, c) for c in folder.classes]
+            task = Task(name, folder, called, TEMPLATE, str(path), part)
         except ValueError as error:
             if name != "imagenet" or data_root is None or found:
                 raise
             raise ValueError(f"{error}; get it with: {how_to_get(name, data_root)}") from None
     elif name.startswith("wds:") or name in BENCHMARKS:
-        task = Task(name, *load_benchmark(name, split, size=size, data_root=data_root, templates=templates))
+        task = Task(name, *load_benchmark(name, split, **how, data_root=data_root, templates=templates,
+                                          classes=classes if isinstance(classes, list) else None))
     elif name.startswith("cache:"):
-        images = Cache(name.removeprefix("cache:"), split, size)
-        task = Task(name, images, images.class_names, images.template)
+        images = Cache(name.removeprefix("cache:"), split, size, resize)
+        task = Task(name, images, images.class_names, images.template, images.path, images.split)
     else:
         known = ", ".join((*world.TASKS, *BENCHMARKS))
         raise ValueError(f"unknown task {name!r}: expected {known}, folder:PATH, wds:PATH or cache:FILE")
     if templates == "openai" and isinstance(task.images, Folder | Cache):
         task = task._replace(template=openai_templates(name))
+    if classes is not None:
+        called = getattr(task.images, "classes", task.class_names)
+        task = task._replace(class_names=named(called, classes, name))
+    task = task._replace(template=template or task.template)
     if len(task.class_names) < 2:
         raise ValueError(f"{name} has only one class ({task.class_names[0]}): there is nothing to tell apart")
     if limit is None and toy == "scans":                # as many as of the tasks that are drawn

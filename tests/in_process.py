@@ -14,8 +14,8 @@ import kernels
 
 
 def here(script, *words, status=0):
-    """Run a script of the repository to its end: what it printed, `stdout` and `stderr`. What it sets in this
-    process is set back."""
+    """Run a script of the repository to its end: what it printed, `stdout` and `stderr`, and its `status`,
+    which may be any if that is None. What it sets in this process is set back."""
     environment = dict(os.environ)
     before = sys.argv, sys.excepthook, torch.get_float32_matmul_precision(), kernels.choice
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -33,6 +33,6 @@ def here(script, *words, status=0):
         torch.set_float32_matmul_precision(precision)
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    done = SimpleNamespace(stdout=stdout.getvalue(), stderr=stderr.getvalue())
-    assert ended == status, done
+    done = SimpleNamespace(stdout=stdout.getvalue(), stderr=stderr.getvalue(), status=ended)
+    assert status is None or ended == status, done
     return done

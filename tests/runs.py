@@ -9,7 +9,7 @@ from conftest import ROOT
 WORDS = ("--pretrained", "none", "--dataset", "digits", "--tasks", "none", "--limit", 64, "--batch-size", 8,
          "--warmup", 4, "--eval-steps", 1)
 # options that may differ in runs to the same bits
-FREE = ("out", "save_every", "max_steps", "workers", "report_to")
+FREE = ("out", "save_every", "max_steps", "workers", "report_to", "dataset", "file sizes")
 
 
 def log_of(out):

@@ -99,7 +99,7 @@ def pretrain(seed, steps=STEPS):
 # ------------------------------------------------------------------------------ its files
 def recipe():
     """A hash of all that pretraining follows: the world, the model, the code above."""
-    sources = [file.read_text() for file in (Path(world.__file__), CONFIG)]
+    sources = [file.read_text("utf-8") for file in (Path(world.__file__), CONFIG)]
     sources += [inspect.getsource(function) for function in (new_model, clip_loss, pretrain)]
     return hashlib.sha256("".join([*sources, f"{STEPS} {BATCH} {LEARNING_RATE}"]).encode()).hexdigest()[:16]
 

@@ -259,7 +259,7 @@ def test_summary_of_records_by_hand():
     assert "16.7 %" in summary(records, ["pgd", "square"], 4, 5)["warnings"][0]
     records = [record | {"uphill": "clean" not in record or k > 3} for k, record in enumerate(records)]
     assert "3 images (50.0 %)" in summary(records, ["pgd", "square"], 4, 5)["warnings"][1]
-    assert summary([], ["pgd"], 2, 1)["robust"] == 0
+    assert summary([], ["pgd"], 2, 1)["robust"] is None
 
 
 def test_wilsons_interval():
@@ -527,10 +527,11 @@ def test_attacked_images_count_as_saved_with_all_the_lines_that_claim_them(tmp_p
 
 def test_a_tasks_name_never_leads_out_of_the_folder(tmp_path):
     names = ("folder:/etc/passwd", "folder:../../x", "..", "a/../../b", "wds:~/x", "folder:a/b", "folder:a-b",
-             "digits")
+             "digits", f"folder:{'a/' * 500}b", f"folder:{'a/' * 500}c", "x" * 300)
     folders = [adversarial_folder(tmp_path, name) for name in names]
     assert all(folder.parent == tmp_path and folder.name not in ("", ".", "..") for folder in folders)
-    assert len(set(folders)) == len(names) and folders[-1].name == "digits"
+    assert len(set(folders)) == len(names) and folders[names.index("digits")].name == "digits"
+    assert all(len(folder.name) < 255 for folder in folders)
 
 
 # ------------------------------------------------------------------------------ whose results a folder holds
@@ -546,9 +547,15 @@ def test_what_came_into_the_folder_while_the_model_loaded_is_not_overwritten(tmp
     run = run_of("--out", tmp_path, "--overwrite")
     (tmp_path / "ckpt.pt").write_bytes(b"of a training run that has begun meanwhile")
     with pytest.raises(ValueError, match="holds an unfinished run"):
-        run.begin()
+        run.begin(None)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
     os.close(run.locked)
+
+
+def test_a_plain_clip_of_whose_images_none_can_be_read_is_not_robust(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = run_of("--pretrained", "seed0", "--attack", "apgd-ce")
+    assert run.warning_of_a_plain_clip(None) == [] and len(run.warning_of_a_plain_clip(20.)) == 1
 
 
 def test_every_option_that_can_change_a_result_has_a_folder_of_its_own(monkeypatch, tmp_path):
@@ -560,7 +567,8 @@ def test_every_option_that_can_change_a_result_has_a_folder_of_its_own(monkeypat
     other = {"model": "ViT-B-32", "pretrained": "none", "tasks": "digits", "data_root": tmp_path, "limit": 3,
              "norm": "l2", "eps": 4, "steps": 7, "step_size": .5, "seed": 1, "dtype": "bf16",
              "kernels": "torch", "device": "cuda:7", "compile": None, "attack": "cw", "queries": 7,
-             "restarts": 2, "last_iterate": None, "templates": "openai", "interpolate": None, "ckpt": None}
+             "restarts": 2, "last_iterate": None, "templates": "openai", "interpolate": None, "ckpt": None,
+             "class_names": "names.txt", "template": "a {}", "resize": "none"}
     same = {"workers": 1, "batch_size": 7, "out": "elsewhere", "overwrite": None, "examples": None,
             "save_adv": "adv", "export": "clip"}
     assert {*other, *same} == {action.dest for action in make_parser()._actions} - {"help"}
@@ -586,7 +594,7 @@ def test_an_evaluation_keeps_its_dtype_on_another_processor(tmp_path, monkeypatc
     words = ("--model", "ViT-B-32-quickgelu", "--pretrained", "none", "--device", "cpu", "--out", tmp_path)
     monkeypatch.setattr("harness.options.has_bf16", lambda device: True)
     one = run_of(*words)
-    one.begin()
+    one.begin(None)
     os.close(one.locked)
     monkeypatch.setattr("harness.options.has_bf16", lambda device: False)
     for more in ((), ("--dtype", "auto"), ("--dtype", "bf16")):
@@ -615,6 +623,10 @@ def test_evaluations_of_a_checkpoint_lie_beside_it_by_name_and_content(tmp_path)
     assert at("ckpt.pt", "--eps", 8).out.name == "eval-eps8"
     assert at("ckpt.pt", "--pretrained", "seed4").out.name == "eval-pretrainedseed4"
     assert at("ckpt.pt", alpha=.5).out.name == "eval-interpolate0.5"
+    # a file's name may have 255 bytes
+    (tmp_path / f"{'é' * 120}.pt").write_bytes(b"long")
+    long = {at(f"{'é' * 120}.pt", "--tasks", f"{'x,' * 80}{last}", "--steps", 7).out.name for last in "ab"}
+    assert len(long) == 2 and all(len(os.fsencode(name)) < 255 for name in long)
     before = at("ckpt.pt").identity
     (tmp_path / "ckpt.pt").write_bytes(b"another")
     after = at("ckpt.pt").identity
@@ -644,11 +656,10 @@ def test_the_same_command_again_shows_its_table_and_any_other_is_refused(small_c
     assert "another evaluation is writing to" in command(*words, "--overwrite", status=2) and unchanged()
     os.close(folder)
 
-    others = {"--eps": 4, "--steps": 3, "--templates": "openai", "--data-root": tmp_path, "--dtype": "bf16",
-              "--tasks": "colours"}
+    others = {"--eps": 4, "--steps": 3, "--templates": "openai", "--dtype": "bf16", "--tasks": "colours"}
     for flag, value in others.items():
         refused = command(*words, flag, value, status=2)
-        assert f"{out} holds an evaluation, with {flag}" in refused and "--out" in refused
+        assert f"{out} holds an evaluation, with " in refused and f"{flag} " in refused and "--out" in refused
         assert "--overwrite replaces it" in refused and unchanged()
 
     # as if killed before its first results

@@ -228,7 +228,7 @@ def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos")
     pixels, labels = world.task("digits", "train", 60)
     for number, (image, label) in enumerate(zip(pixels, labels.tolist())):
-        path = root / "train" / f"class {label}" / f"{number}.png"
+        path = root / "train" / f"digit {label}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     shutil.copytree(root / "train", root / "val")
@@ -300,14 +300,15 @@ def options_of_random_command_lines(folder, whole):
             "--norm": ["linf", "l2", "l1"], "--eps": numbers, "--steps": ["1", "2", "0", "x"],
             "--step-size": numbers, "--batch-size": numbers, "--device": ["cpu", "cuda:99", "meta", ""],
             "--dtype": ["fp32", "bf16", "int8"], "--kernels": ["auto", "triton", "torch", "x"],
-            "--limit": numbers, "--out": paths, "--overwrite": [None]}
+            "--limit": numbers, "--out": paths, "--overwrite": [None], "--class-names": paths,
+            "--template": ["a {}", "{}", "a", "{} {}", *paths], "--resize": [*numbers, "none"]}
     train = both | {"--dataset": tasks, "--loss": [*LOSSES, "x"], "--labels": ["true", "pseudo"],
                     "--adapt": [*ADAPTATIONS, "full,linear", ""], "--shots": numbers,
                     "--last-blocks": numbers, "--border": numbers, "--tokens": numbers,
                     "--accumulate": numbers, "--lr": numbers,
                     "--max-steps": ["1", "0", "x"], "--warmup": numbers, "--optimizer": ["sgd", "adamw", "x"],
                     "--weight-decay": numbers, "--save-every": [*numbers, "1m", "0m", "m"],
-                    "--max-nonfinite": numbers, "--resume": [*paths, None]}
+                    "--max-nonfinite": numbers, "--resume": [*paths, None], "--init": paths}
     evaluate = both | {"--ckpt": paths, "--attack": ["pgd", "cw", "apgd-t", "square", "x", "pgd,pgd", ""],
                        "--queries": ["1", "0"], "--restarts": ["1", "0"], "--last-iterate": [None],
                        "--templates": ["paper", "openai", "x"], "--interpolate": ["0", "0,1", "2", ""],

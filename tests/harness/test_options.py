@@ -183,7 +183,7 @@ def test_defaults_depend_on_other_options():
             ((), {"eps": 11, "steps": 2, "step_size": 6.875, "lr": .014, "weight_decay": 0, "epochs": 2,
                   "batch_size": 64, "pretrained": "seed0", "dataset": "toy", "dtype": "fp32"}),
             (("--seed", 5), {"pretrained": "seed5"}), (("--eps", 4, "--steps", 5), {"step_size": 1}),
-            (real, {"eps": 1, "steps": 2, "step_size": 1, "lr": 1e-5, "epochs": 10, "warmup": 1000,
+            (real, {"eps": 1, "steps": 2, "step_size": 1, "lr": 1e-5, "epochs": 10, "warmup": None,
                     "batch_size": 256, "pretrained": "openai", "dataset": "imagenet"}),
             ((*real, "--norm", "l2", "--eps", 128), {"step_size": 80}),
             (("--optimizer", "adamw"), {"lr": 5e-4, "weight_decay": 1e-4}),

@@ -59,7 +59,8 @@ def test_help_errors_and_finished_runs_import_nothing_heavy(whole, tmp_path):
             "--model ViT-B-32 --pretrained openai", "--dataset nix", "--dataset folder:nix", "--tasks nix",
             "--dataset wds:nix --tasks none", f"{real}", f"{real} --data-root {tmp_path}",
             f"{real} --dataset cifar10 --data-root nix --tasks cache:nix", "--adapt partial --last-blocks 5",
-            "--adapt image-prompt --border 16", "--batch-size 3 --accumulate 2", "--norm l2"),
+            "--adapt image-prompt --border 16", "--batch-size 3 --accumulate 2", "--norm l2",
+            "--init nix", "--model local-dir:nix"),
         "eval_zeroshot.py": (
             "--nix", "--ckpt nix", "--attack nix", "--tasks nix", "--model nix", "--interpolate .5",
             f"{real} --data-root {tmp_path} --tasks pets", f"{real} --data-root {tmp_path}"),

@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from model import load_clip
-from prompts import OPENAI_TEMPLATES, clean_class_name, encode_head, openai_templates
+from prompts import OPENAI_TEMPLATES, clean_class_name, encode_head, openai_templates, prompt_warnings
 from tasks.class_names import imagenet_class_names
+from toy import world
 
 
 def test_class_names_are_cleaned_as_in_the_paper():
@@ -24,20 +25,24 @@ def test_imagenet_has_a_thousand_names_and_none_twice():
 def test_head_is_the_normalised_text_embedding_of_each_prompt(capsys):
     clip, tokenizer = load_clip("toy", "none")
     # more than one chunk
-    names = [f"class {i}" for i in range(300)]
+    names = [f"{('dog', 'cat')[i % 2]} {i}" for i in range(300)]
     head = encode_head(clip, tokenizer, names, "A photo of a {}.")
     assert head.shape == (300, 64) and head.dtype == torch.float32 and not head.requires_grad
     assert torch.allclose(head.norm(dim=1), torch.ones(300), atol=1e-5)
     for i in (0, 299):
-        alone = clip.encode_text(tokenizer([f"A photo of a class {i}."]))[0]
+        alone = clip.encode_text(tokenizer([f"A photo of a {names[i]}."]))[0]
         assert torch.allclose(head[i], alone / alone.norm(), atol=1e-5)
     assert capsys.readouterr().err == ""
+    for names, warned in ((["dog 1", "dog 2"], True), (["dog 1", "cat 2"], False), (["dog", "cat"], False)):
+        found = prompt_warnings(tokenizer, names, "a {}")
+        assert [text.startswith("all class names differ in numbers alone: 'dog 1'") for text in found] == (
+            [True] if warned else [])
 
 
 def test_repeated_prompts_are_reported(capsys):
     clip, tokenizer = load_clip("toy", "none")
     encode_head(clip, tokenizer, ["Hot-Dog", "hot dog", "cat"], "a {}")
-    assert "a hot dog" in capsys.readouterr().err
+    assert "tell apart: 'Hot-Dog', 'hot dog'" in capsys.readouterr().err
 
 
 def test_an_ensemble_is_the_unit_mean_of_unit_embeddings():
@@ -69,3 +74,52 @@ def test_clips_ensembles():
     assert caltech <= set(openai_templates("caltech101"))
     assert "a black and white photo of the {}." in openai_templates("cifar10")
     assert openai_templates("imagenet")[0] == "a bad photo of a {}."
+
+
+MEANINGLESS = ["0", "17", "-3", "1.5", "class_1", "label-3", "c0", "Class 12", "n99999999", "Q146",
+               "m.01g317", "d41d8cd98f00b204", "3f2504e0-4f89-11d3-9a0c-0305e82c3301", "_", "--"]
+NAMES = ["tench", "707-320", "A310", "C-130", "ak47", "Boeing 747", "BMW 3 Series 2012", "facade", "decade",
+         "猫", "Aeroplane", "x-ray", "yin_yang", "beaded", "7-up", "t-shirt", "1957 chevrolet", "DC-9-30"]
+
+
+def test_class_names_that_mean_nothing_are_named():
+    clip, tokenizer = load_clip("toy", "none")
+    for name in MEANINGLESS:
+        (said,) = prompt_warnings(tokenizer, ["tench", name], "a photo of a {}")
+        assert said.startswith("1 of 2 class names are ") and repr(name) in said and "tench" not in said
+    assert prompt_warnings(tokenizer, NAMES, "a photo of a {}") == []
+    assert prompt_warnings(tokenizer, [*"0123456789"], "a photo of the digit {}.") == []
+    assert "10 of 10 class names are numbers: '0', '1', '2', '3', '4', …;" in prompt_warnings(
+        tokenizer, [*"0123456789"], ["a {}", "the digit {}"])[0]
+
+
+def test_tasks_of_the_toy_and_of_the_paper_are_told_apart():
+    clip, tokenizer = load_clip("toy", "none")
+    for class_names, template in world.TASKS.values():
+        assert prompt_warnings(tokenizer, class_names, template) == []
+    assert prompt_warnings(tokenizer, [*imagenet_class_names().values()], "This is a photo of a {}") == []
+
+
+def test_prompts_that_differ_after_the_last_token_are_named():
+    """Only those that every template of an ensemble leaves the same."""
+    clip, tokenizer = load_clip("toy", "none")
+    long = "very " * 100
+    same, other = [f"{long}old cat", f"{long}young dog"], ["bird", f"old {long}cat"]
+    # what the text encoder is given does not tell them apart
+    assert torch.equal(*tokenizer([f"a {name}" for name in same]))
+    head = encode_head(clip, tokenizer, [*same, *other], "a {}")
+    assert torch.equal(head[0], head[1]) and not torch.equal(head[0], head[3])
+    (said,) = prompt_warnings(tokenizer, [*same, *other], ["a {}", "the {}"])
+    assert said.startswith("2 class names make prompts of the same tokens") and "bird" not in said
+    # a template in which the difference comes too late, beside one in which it does not
+    late = [long + "{}", "{}"]
+    assert prompt_warnings(tokenizer, ["cat", "dog"], late) == []
+    assert "same tokens" in prompt_warnings(tokenizer, ["cat", "dog"], late[:1])[0]
+
+
+def test_other_braces_of_a_template_are_text():
+    clip, tokenizer = load_clip("toy", "none")
+    heads = [encode_head(clip, tokenizer, ["cat", "dog"], "a {} in {x} {0}"),
+             encode_head(clip, tokenizer, ["cat", "dog"], "a {}")]
+    alone = clip.encode_text(tokenizer(["a cat in {x} {0}", "a dog in {x} {0}"])).float()
+    assert torch.equal(heads[0], F.normalize(alone, dim=-1)) and not torch.equal(*heads)

@@ -118,12 +118,56 @@ def test_a_cache_is_the_plain_path_bit_for_bit(folder, out, call, workers):
 
 
 def test_an_unsplit_folder_is_cached_to_evaluate_on(folder, out, call):
-    # a class, not a split
-    (folder / "val" / "Hot-Dog").rename(folder / "val" / "train")
-    assert call(*words_for(folder / "val", out))[0] == 0
-    assert len(load_task(f"cache:{out}", "val", size=32).images) == 18
-    with pytest.raises(ValueError, match="no train images, only val"):
+    """And is not said to be another split than it is: nor is a folder that is one itself."""
+    unsplit = (folder / "val").rename(folder.parent / "unsplit")
+    assert "18 unsplit images" in call(*words_for(unsplit, out))[1]
+    task = load_task(f"cache:{out}", "val", size=32)
+    assert len(task.images) == 18 and task.split == "all"
+    with pytest.raises(ValueError, match="no train images, only unsplit ones"):
         load_task(f"cache:{out}", "train", size=32)
+    out.unlink()
+    call(*words_for(folder / "train", out))
+    assert load_task(f"cache:{out}", "train", size=32).split == "train"
+    with pytest.raises(ValueError, match="no val or test images, only train"):
+        load_task(f"cache:{out}", "val", size=32)
+
+
+def test_the_splits_of_a_cache_are_those_of_its_folder(folder, out):
+    """train + valid + test: what is adapted on and what is evaluated on, under the names that they have."""
+    (folder / "val").rename(folder / "testing")
+    make_cache(f"folder:{folder}", out, size=32)
+    assert open_cache(out)[1]["parts"].tolist() == ["train", "test"]
+    shutil.copytree(folder / "testing" / "Hot-Dog", folder / "Valid" / "Hot-Dog")
+    shutil.copytree(folder / "testing" / "Hot-Dog", folder / "Valid" / "n02012849")
+    out.unlink()
+    make_cache(f"folder:{folder}", out, size=32)
+    index = open_cache(out)[1]
+    assert index["parts"].tolist() == ["train", "val"] and index["counts"].tolist() == [18, 12]
+    task = load_task(f"cache:{out}", "val", size=32)
+    assert task.split == "val" and task.images.file(0) == "Valid/Hot-Dog/20.jpg"
+    # own names find the folders that the cache was made of
+    words = {f"cache:{out}": ({"Hot-Dog": "sausage", "n02012849": "bird", "n01440764": "fish"}, "a {}!")}
+    task = load_task(f"cache:{out}", "val", size=32, words=words)
+    assert task.class_names == ["sausage", "bird"] and task.template == "a {}!"
+
+
+def test_images_as_they_are_in_a_cache(folder, out):
+    """--resize none and N: as without a cache, and no cache passes for another."""
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split)
+        for name in "ab":
+            (folder / split / name).mkdir(parents=True)
+            (folder / split / name / "x.png").write_bytes(png(20, 20))
+    for resize, size in (("none", 20), (21, 16)):
+        make_cache(f"folder:{folder}", out, size=16, resize=resize)
+        plain, cached = (load_task(name, "val", size=16, resize=resize) for name in (
+            f"folder:{folder}", f"cache:{out}"))
+        assert plain.images[1][0].shape == (3, size, size)
+        assert torch.equal(plain.images[1][0], cached.images[1][0])
+        assert load_task(f"cache:{out}", "val", size=16).images[0][0].shape == (3, size, size)
+        with pytest.raises(ValueError, match=f"made with --resize {resize}, not 19"):
+            load_task(f"cache:{out}", "val", size=16, resize=19)
+        out.unlink()
 
 
 def test_a_cache_has_clips_templates_too(tmp_path):
@@ -389,7 +433,7 @@ def rewritten(path, **changed):
 
 
 @pytest.mark.parametrize("changed,said", [
-    ({"labels": np.array([0, 2])}, "val labels outside its 2 classes"),
+    ({"labels": np.array([0, 2])}, "all labels outside its 2 classes"),
     ({"labels": np.array([-1, 0])}, "outside its 2"), ({"labels": np.array([0, np.nan])}, "outside its 2"),
     ({"counts": np.array([1])}, "different lengths"),
     ({"crc32": np.zeros(1, np.uint32)}, "different lengths"),

@@ -3,6 +3,7 @@ import errno
 import io
 import os
 import shutil
+import struct
 import tempfile
 import time
 import warnings
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, pil_loader
 from writers import alarm, encoded, png, write_shards
 
+from tasks.contents import fingerprint
 from tasks.images import EXTENSIONS, Images, Unreadable, one_line, rgb, say_once, to_pixels
 from tasks.make_cache import make_cache
-from tasks.sampling import fingerprint, labels_of
+from tasks.sampling import labels_of
 from tasks.task import Task, load_task
 
 no_hanging = pytest.fixture(alarm, autouse=True)
@@ -47,13 +49,24 @@ def test_what_pil_warns_of_is_read_in_silence(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype,mode,kind", [
-    (np.uint16, "I;16", "png"), (np.int32, "I", "tiff"), (">u2", "I;16B", "tiff")])
+    (np.uint16, "I;16", "png"), (np.uint16, "I;16", "ppm"), (">u2", "I;16B", "tiff")])
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path, dtype, mode, kind):
     grey = np.linspace(0, 65535, 1024).astype(dtype).reshape(32, 32)
     Image.frombytes(mode, (32, 32), grey.tobytes()).save(tmp_path / f"a.{kind}")
     assert Image.open(tmp_path / f"a.{kind}").mode.startswith("I")
     expected = np.rint(grey / 257).astype(np.uint8)[..., None].repeat(3, 2)
     assert np.array_equal(np.asarray(rgb(tmp_path / f"a.{kind}")), expected)
+
+
+def test_sixteen_bits_of_which_zero_is_white(tmp_path):
+    grey = np.linspace(0, 65535, 64).astype("<u2").reshape(8, 8)
+    for zero_is_white in (False, True):
+        Image.frombytes("I;16", (8, 8), grey.tobytes()).save(
+            tmp_path / "a.tif", tiffinfo={262: 0 if zero_is_white else 1})
+        with Image.open(tmp_path / "a.tif") as image:
+            assert image.tag_v2[262] == 1 - zero_is_white
+        seen = np.asarray(rgb(tmp_path / "a.tif"))[..., 0]
+        assert np.array_equal(seen, np.rint((65535 - grey.astype(float) if zero_is_white else grey) / 257))
 
 
 def test_a_thin_image_is_its_middle(tmp_path, monkeypatch):
@@ -104,7 +117,7 @@ KINDS = "folder", "files", "shards", "cache"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("call", ["open", "preadv"])
+@pytest.mark.parametrize("call", ["open", "read"])
 def test_a_network_disk_is_asked_again(kinds, monkeypatch, kind, call):
     (task, path), slept, failures, original = kinds[kind], [], [], getattr(os, call)
     before = task.images[0]
@@ -131,13 +144,13 @@ def test_a_network_disk_is_asked_again(kinds, monkeypatch, kind, call):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_short_reads_and_files_that_are_cut_short(kinds, monkeypatch, kind):
-    (task, path), original, cut = kinds[kind], os.preadv, []
+    (task, path), original, cut = kinds[kind], os.read, []
 
-    def short(file, buffers, offset):
+    def short(file, count):
         if cut:
             os.truncate(path, cut[0])
-        return original(file, [buffers[0][:100]], offset)
-    monkeypatch.setattr(os, "preadv", short)
+        return original(file, min(count, 100))
+    monkeypatch.setattr(os, "read", short)
     # all of it is read
     assert task.images[0][0].float().std() > 9
     cut.append(140)
@@ -202,12 +215,15 @@ def test_what_is_left_out_of_a_folder_is_said_once(tmp_path, capsys, monkeypatch
             (tmp_path / name / file).write_bytes(png())
     for file in ("notes.txt", "photo.dat"):
         (tmp_path / "b" / file).write_text("x")
+    (tmp_path / "loose.png").write_bytes(png())
+    (tmp_path / "classes.csv").write_text("x")
     for _ in range(2):
         task = load_task(f"folder:{tmp_path}", "val", size=8)
         assert task.class_names == ["a", "b"] and [task.images.path(i) for i in range(len(task.images))] == [
             f"{tmp_path}/a/x.png", f"{tmp_path}/b/sub/x.png"]
-    assert capsys.readouterr().out == (f"2 files under {tmp_path} are left out, their names are not those of "
-                                       f"images: {tmp_path}/b/notes.txt, …\n")
+    assert capsys.readouterr().out == (
+        f"3 files under {tmp_path} are left out, they are in no class's folder, or not called like images: "
+        f"{tmp_path}/loose.png, …\n")
     say_once.cache_clear()
     monkeypatch.setenv("RANK", "1")
     load_task(f"folder:{tmp_path}", "val", size=8)
@@ -253,12 +269,80 @@ def test_names_and_labels_survive_as_arrays(tmp_path):
     labels = [task.images[i][1] for i in range(4)]
     assert labels == task.images.labels.tolist() == labels_of(task).tolist() == [0, 0, 1, 1]
     assert isinstance(task.images.files, np.ndarray) and isinstance(task.images.labels, np.ndarray)
+    there = fingerprint(task)
     moved = tmp_path.rename(tmp_path.with_name("moved"))
     again = load_task(f"folder:{moved}", "val", size=8)
-    assert fingerprint(again) == fingerprint(task)
+    assert fingerprint(again) == there
     (moved / "a" / "1.png").rename(moved / "a" / "3.png")
     assert fingerprint(load_task(f"folder:{moved}", "val", size=8)) != fingerprint(task)
 
 
 def test_importing_leaves_pils_own_limit():
     assert Image.MAX_IMAGE_PIXELS == 1024**3 // 12
+
+
+# --------------------------------------------------------------------------------------------- pixels
+@pytest.mark.parametrize("dtype,mode,values,said", [
+    (np.float32, "F", (0, .5, 1), "floating-point"), (np.float32, "F", (0, 100, 255), "floating-point"),
+    (np.int32, "I", (0, 2**30, 2**31 - 1), "32-bit or signed"), (np.int32, "I", (0, 9, 65535), "32-bit")])
+def test_pixels_without_a_known_white_are_refused_by_name(tmp_path, dtype, mode, values, said):
+    """PIL clips them to black or white."""
+    pixels = np.array([values] * 3, dtype)
+    Image.frombytes(mode, (3, 3), pixels.tobytes()).save(tmp_path / "a.tiff")
+    with pytest.raises(Unreadable, match=f"^cannot decode {tmp_path}/a.tiff: {said}.*8 bits$"):
+        Images("a", [(str(tmp_path / "a.tiff"), 0)], 8)[0]
+
+
+def test_twelve_bits_are_not_read_as_sixteen(tmp_path):
+    """White, 4095, would be 16 of 255."""
+    # of an uncompressed TIFF, by hand: two pixels of 12 bits each, 0 and 4095
+    tags = ((256, 3, 1, 2), (257, 3, 1, 1), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1),
+            (273, 4, 1, 8), (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, 1, 3))
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    data = b"II*\0" + struct.pack("<I", 12) + b"\x00\x0f\xff\0" + struct.pack("<H", len(tags)) + entries
+    (tmp_path / "a.tif").write_bytes(data + bytes(4))
+    assert Image.open(tmp_path / "a.tif").mode == "I;16"
+    with pytest.raises(ValueError, match="12-bit pixels"):
+        rgb(tmp_path / "a.tif")
+
+
+def torchvisions(path):
+    return np.asarray(pil_loader(path))
+
+
+@pytest.mark.parametrize("kind,mode", [
+    *(("png", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA")), ("gif", "P"), ("gif", "RGB"),
+    *(("tiff", mode) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")),
+    *(("jpeg", mode) for mode in ("L", "RGB", "CMYK", "YCbCr")), ("webp", "RGBA"), ("bmp", "RGB")])
+def test_what_torchvision_shows_of_an_image(tmp_path, kind, mode):
+    """Its pil_loader, bit for bit: alpha, palettes, and of several frames the first."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 20, 20, 4), np.uint8)
+    first, second = (Image.fromarray(frame, "RGBA") for frame in noise)
+    frames = [frame if mode == "RGBA" else frame.convert("RGB").convert(mode) for frame in (first, second)]
+    several = {"save_all": True, "append_images": frames[1:]} if kind in ("gif", "tiff", "webp") else {}
+    frames[0].save(tmp_path / f"a.{kind}", **several)
+    expected = torchvisions(tmp_path / f"a.{kind}")
+    assert np.array_equal(np.asarray(rgb(tmp_path / f"a.{kind}")), expected)
+    # and --resize none leaves them so
+    x, _, _ = Images("a", [(str(tmp_path / f"a.{kind}"), 0)], None, "none")[0]
+    assert np.array_equal(x.permute(1, 2, 0), expected)
+
+
+def test_images_are_left_alone_or_resized_as_is_said(tmp_path):
+    for name, (width, height) in {"a": (24, 24), "b": (24, 24), "c": (24, 23)}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(png(width, height))
+    name, x = f"folder:{tmp_path}", np.asarray(Image.open(tmp_path / "a" / "x.png"))
+    none = load_task(name, "val", size=32, resize="none")
+    assert np.array_equal(none.images[1][0].permute(1, 2, 0), x)
+    with pytest.raises(Unreadable, match="c/x.png: 24×23 pixels, not 24×24"):
+        none.images[2]
+    # by hand: torchvision's Resize(40) and CenterCrop(32)
+    by_hand = Image.fromarray(x).resize((40, 40), Image.Resampling.BICUBIC).crop((4, 4, 36, 36))
+    some = load_task(name, "val", size=32, resize=40)
+    assert np.array_equal(some.images[0][0].permute(1, 2, 0), np.asarray(by_hand))
+    with pytest.raises(ValueError, match="--resize 31 is less than the 32 pixels"):
+        load_task(name, "val", size=32, resize=31)
+    (tmp_path / "a" / "x.png").write_bytes(png(24, 23))
+    with pytest.raises(ValueError, match="--resize none is for square images, the first is of 24×23"):
+        load_task(name, "val", size=32, resize="none")

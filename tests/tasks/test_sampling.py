@@ -1,14 +1,15 @@
-"""tasks/sampling.py: labels, few shots, other labels, the order of training, fingerprints."""
+"""tasks/sampling.py: labels, few shots, other labels, the order of training."""
 import pytest
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 from writers import png, write_shards
 
 from tasks.cache import Cache
+from tasks.contents import fingerprint
 from tasks.images import Folder, Images, Unreadable
 from tasks.loading import batches
 from tasks.make_cache import make_cache
-from tasks.sampling import few_shots, fingerprint, labels_of, relabelled, training_order
+from tasks.sampling import few_shots, labels_of, relabelled, training_order
 from tasks.task import Task, image_numbers, load_task
 
 
@@ -138,14 +139,3 @@ def test_processes_share_each_step():
         shares = [list(training_order(24, 8, 0, range(6), rank, world)) for rank in range(world)]
         for step, whole in enumerate(alone):
             assert [whole[rank::world] for rank in range(world)] == [share[step] for share in shares]
-
-
-# --------------------------------------------------------------------------------------------- fingerprints
-def test_a_fingerprint_is_of_pixels_labels_choice_and_words():
-    task = in_memory([0, 1, 2, 3])
-    brighter = TensorDataset(task.images.tensors[0] + 1, *task.images.tensors[1:])
-    others = (in_memory([0, 1, 2, 2]), task._replace(template="a {}"), task._replace(class_names=[*"abce"]),
-              task._replace(images=brighter), task._replace(images=Subset(task.images, [0, 1, 3])))
-    prints = {fingerprint(other) for other in (task, *others)}
-    assert len(prints) == 6 and fingerprint(in_memory([0, 1, 2, 3])) == fingerprint(task)
-    assert all(len(found) == 16 and int(found, 16) >= 0 for found in prints)

@@ -38,15 +38,6 @@ def test_images_are_resized_to_256_then_cropped_to_224(folder):
     assert torch.equal(image, torch.from_numpy(np.asarray(by_hand).copy()).permute(2, 0, 1))
 
 
-def test_a_class_may_be_called_train(folder):
-    (folder / "val" / "Hot-Dog").rename(folder / "val" / "train")
-    names = load_task(f"folder:{folder / 'val'}", "val", size=8).class_names
-    assert names == ["tench", "crane bird", "train"]
-    # nothing to adapt on, unsplit
-    with pytest.raises(ValueError, match="no such folder"):
-        load_task(f"folder:{folder / 'val' / 'train'}", "train", size=8)
-
-
 def test_limit_spreads_over_the_classes(folder):
     task = load_task("imagenet", "val", size=32, data_root=folder, limit=3)
     # the last are numbers of the whole set

@@ -14,7 +14,7 @@ from harness.files import writable_folder
 from harness.options import INTERPOLATIONS, RESIZE, Parser, number, resizing
 from tasks.cache import damaged, open_cache
 from tasks.make_cache import make_cache
-from tasks.protocols import PROTOCOLS
+from tasks.protocols import DEFAULT, PROTOCOLS
 
 
 def main():
@@ -26,8 +26,8 @@ def main():
     command.add_argument("--data-root", metavar="DIR", help="the folder with ImageNet's train/ and val/")
     command.add_argument("--out", required=True, metavar="FILE", help="to write; beside it, FILE.index.npz")
     command.add_argument("--size", type=number(int, 1), default=224, help="in pixels (default: %(default)s)")
-    command.add_argument("--protocol", default="tecoa", choices=PROTOCOLS, help="whose way to resize "
-                         "(docs/evaluation.md; default: tecoa)")
+    command.add_argument("--protocol", default=DEFAULT, choices=PROTOCOLS, help="whose way to resize "
+                         "(docs/evaluation.md; default: %(default)s)")
     command.add_argument("--resize", type=resizing, metavar=RESIZE, help="of the shorter side, before the "
                          "centre is cropped (default: the protocol's); squash: to a square; none: images "
                          "that are all of one size stay as they are")

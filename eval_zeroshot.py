@@ -31,6 +31,7 @@ from kernels.pgd_step import to_float
 from model import ImageEncoder, judging, load_clip, predict
 from prompts import encode_head
 from tasks.benchmarks import counts
+from tasks.protocols import DEFAULT
 from tasks.task import image_numbers
 
 
@@ -158,7 +159,7 @@ def evaluate(encoder, head, logit_scale, task, options, *, batch_size, workers=0
     return [records[image] for image in sorted(records)]
 
 
-def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, protocol="tecoa", done=None,
+def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, protocol=DEFAULT, done=None,
                    after=None, **more):
     """`evaluate` on several tasks under one bar: {"tasks": {name: row}, "mean": {"clean", "robust"}}.
 

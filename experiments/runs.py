@@ -27,6 +27,7 @@ from harness.files import ROOT, read_json, source_version, writable_folder
 from harness.options import ByModel, Parser, number
 from model import image_size
 from tasks.benchmarks import counts
+from tasks.protocols import DEFAULT
 from tasks.task import TOY_ADAPTED, Task, load_task, task_names
 
 NAMES = [figure.__name__ for figure in FIGURES]
@@ -177,7 +178,7 @@ def gather(plan, point):
             left = left - [sum(row["broken_by"].get(name, 0) for name in names) for row in rows]
             part[attack] = 100 * left / [max(1, row["n"]) for row in rows]
         found["adapted" if task == plan.adapted else task] = part
-    counted = [part for task, part in found.items() if task != "adapted" and counts("tecoa", task)]
+    counted = [part for task, part in found.items() if task != "adapted" and counts(DEFAULT, task)]
     found["mean"] = {kind: np.mean([part[kind] for part in counted], 0) for kind in counted[0]}
     trained = read_json(plan.run_folder(plan.args.seeds[0], point.train) / "results.json")
     return found | {"trained": 0 if point.train is None else trained["trained"]}
@@ -263,7 +264,7 @@ def make_plan(parser, args):
     if tasks != "all":
         names = {load_task(name, "val", limit=1, **where).name
                  for name in task_names(tasks, "toy", args.data_root)}
-        if not any(name != adapted and counts("tecoa", name) for name in names):
+        if not any(name != adapted and counts(DEFAULT, name) for name in names):
             raise ValueError(f"--tasks {tasks}: nothing to evaluate but what is adapted on")
     version, identity = source_version(), parser.identity(args)
     training = [(word, identity[word]) for word in parser.unusual(args) if word not in ("tasks", "limit")]

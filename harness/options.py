@@ -23,7 +23,7 @@ from harness.trackers import tracker_names
 from model import ADAPTATIONS, CONFIG, LOCAL_DIR, image_size, weights_in
 from tasks.class_names import own_words
 from tasks.images import printable
-from tasks.protocols import PROTOCOLS, resized
+from tasks.protocols import DEFAULT, PROTOCOLS, resized
 
 
 # names of data sets that say where they lie
@@ -183,7 +183,7 @@ def completed(options):
         return options
     files = options.get("data_root") or any(PLACES.search(str(options.get(word)))
                                             for word in ("dataset", "tasks"))
-    return options | {"protocol": "tecoa", "interpolation": "bicubic" if files else "bilinear"}
+    return options | {"protocol": DEFAULT, "interpolation": "bicubic" if files else "bilinear"}
 
 
 def differences(one, other, ignoring=()):
@@ -344,7 +344,7 @@ def protocol_words(args):
 def add_data_options(parser, *, training):
     """Add the options that say which images both stages take, and how."""
     option = partial(parser.option, parser.add_argument_group("data"))
-    option("--protocol", "tecoa", choices=PROTOCOLS, help="whose way of measuring: how images are resized, "
+    option("--protocol", DEFAULT, choices=PROTOCOLS, help="whose way of measuring: how images are resized, "
            "prompts, which sets count in the mean"
            + ", attack and steps" * (not training) + "; other options override it (docs/evaluation.md)")
     option("--tasks", "all", help="to evaluate on: a comma list of toy tasks, data sets (docs/data.md), "

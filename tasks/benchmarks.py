@@ -17,7 +17,7 @@ from prompts import clean_class_name, openai_templates
 from tasks.class_names import class_rows, country_names, imagenet_class_names, openai_names
 from tasks.images import Images, Shards, one_line, printable
 from tasks.protocols import PHOTO as TEMPLATE
-from tasks.protocols import PROTOCOLS, SMALL, resized
+from tasks.protocols import DEFAULT, PROTOCOLS, SMALL, resized
 from tasks.splits import split_of, splits_in, taken
 
 # words for the images to adapt on, None: for evaluation only; and for those that the paper reports on
@@ -239,7 +239,7 @@ def without_background(shards, classes):
 
 
 def load_benchmark(name, split, *, size, data_root=None, templates="paper", resize=None,
-                   interpolation="bilinear", protocol="tecoa", classes=None):
+                   interpolation="bilinear", protocol=DEFAULT, classes=None):
     """(images, class names, template, source, split) of one of BENCHMARKS, but for ImageNet's folders, or of
     shards, wds:PATH. split: "train" or "val". size, interpolation: of `Images`; resize, protocol: of
     `resized`. classes: of `open_shards`. ValueError, in one line: not there (it says how to get it), not

@@ -14,7 +14,7 @@ from tasks.cache import FORMAT, RECORD, damaged, how_made, open_cache
 from tasks.images import Folder
 from tasks.loading import batches
 from tasks.locks import lock_file
-from tasks.protocols import PROTOCOLS, resized
+from tasks.protocols import DEFAULT, PROTOCOLS, resized
 from tasks.splits import TAKEN
 from tasks.task import image_root, load_task, split_folder
 
@@ -104,7 +104,7 @@ def decode(task, index, file, records, workers):
 
 
 def make_cache(dataset, out, *, size=224, data_root=None, workers=0, resize=None, interpolation=None,
-               protocol="tecoa"):
+               protocol=DEFAULT):
     """Decode every image of a data set into the file `out`, and verify it; after an interruption, the rest.
     size, resize, interpolation, protocol: of `load_task`; resize="none": the images' own size. ValueError or
     OSError if it cannot start; after that SystemExit, in one line, and what is done is kept."""

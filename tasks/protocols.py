@@ -40,6 +40,7 @@ PROTOCOLS = {
                     256, (*SHARED, "country211"), "pgd", 10, photo=f"{PHOTO}."),
     "agft": Protocol("YuboCui/AGFT, utils.py, clip_dataset.py", 224, "bilinear", None, SHARED, "pgd", 20,
                      photo=f"{PHOTO}.", words={"caltech101": "A photo of a {}."})}
+DEFAULT = next(iter(PROTOCOLS))
 
 
 def resized(protocol, name, size, resize=None):

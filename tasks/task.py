@@ -12,7 +12,7 @@ from tasks.benchmarks import BENCHMARKS, TEMPLATE, find, how_to_get, load_benchm
 from tasks.cache import Cache
 from tasks.class_names import imagenet_class_names, named, openai_names
 from tasks.images import Folder, holds_images
-from tasks.protocols import PROTOCOLS, resized
+from tasks.protocols import DEFAULT, PROTOCOLS, resized
 from tasks.splits import split_of, splits_in, taken
 from toy import world
 
@@ -53,8 +53,17 @@ def split_folder(name, split, data_root=None, classes=()):
     return splits[part], split_of(root.name) or part if part == "all" else part
 
 
+def worded(task, photo, templates):
+    """The task with `photo` for the paper's usual prompt, and of files with CLIP's ensemble ("openai")."""
+    if templates == "openai" and isinstance(task.images, Folder | Cache):
+        called = getattr(task.images, "classes", task.class_names)
+        names = openai_names(task.name, called)
+        return task._replace(template=openai_templates(task.name), class_names=names)
+    return task._replace(template=photo) if task.template == TEMPLATE else task
+
+
 def load_task(name, split, *, size=224, data_root=None, limit=None, templates=None, resize=None,
-              interpolation=None, protocol="tecoa", words=()):
+              interpolation=None, protocol=DEFAULT, words=()):
     """One Task. split: "train" (to adapt on), "val" (to evaluate on), "tune" (to choose by; the toy world's).
     size: the model's resolution in pixels, for images of no fixed one. limit: at most so many images, evenly
     spread over the set; toy sets are drawn that small. protocol: one of PROTOCOLS, of which the next three
@@ -98,11 +107,8 @@ def load_task(name, split, *, size=224, data_root=None, limit=None, templates=No
     else:
         known = ", ".join((*world.TASKS, *BENCHMARKS))
         raise ValueError(f"unknown task {name!r}: expected {known}, folder:PATH, wds:PATH or cache:FILE")
-    if templates == "openai" and isinstance(task.images, Folder | Cache):
-        called = getattr(task.images, "classes", task.class_names)
-        task = task._replace(template=openai_templates(name), class_names=openai_names(name, called))
-    if task.template == TEMPLATE and toy not in world.TASKS:
-        task = task._replace(template=rules.photo)
+    if toy not in world.TASKS:
+        task = worded(task, rules.photo, templates)
     if classes is not None:
         called = getattr(task.images, "classes", task.class_names)
         task = task._replace(class_names=named(called, classes, name))

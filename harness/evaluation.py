@@ -39,7 +39,7 @@ class EvaluationRun:
     def __init__(self, parser, args, known, tasks, missing, protocol, device):
         """args, known: of `settle`; missing: {task: why it is left out}; protocol: what runs, in words.
         ValueError: the folder holds something else, or the images have changed."""
-        self.args, self.missing, self.device, self.measured_as = args, missing, device, measured_as(args)
+        self.args, self.missing, self.device = args, missing, device
         self.protocol = protocol + f"; attacked in {args.dtype}, judged in fp32" * (args.dtype != "fp32")
         self.out = folder(parser, args, known)
         self.save_adv = Path(args.save_adv) if args.save_adv else None
@@ -119,6 +119,7 @@ class EvaluationRun:
         """Lock the folder, and open this process's journal. ValueError or OSError: somebody else is in it."""
         self.warnings = {task.name: prompt_warnings(tokenizer, task.class_names, task.template)
                          for task in self.tasks.values()}
+        self.measured_as = measured_as(self.args)
         self.done = rank0(self.take_folder)
         self.journal = open(self.out / (f"images-{RANK}.jsonl" if RANK else "images.jsonl"), "a")
         if RANK:

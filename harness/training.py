@@ -256,8 +256,8 @@ class TrainingRun:
         path = self.out / "results_before.json"
         known = rank0(lambda: files.read_json(path)) if self.checkpoint else None
         if known and {*known["tasks"], *known.get("adapted", ())} == {*names} and (
-                known.get("data", self.data[1:]) == self.data[1:] and (
-                known.get("measured_as") == self.measured_as)):
+                known.get("data", self.data[1:]) == self.data[1:]
+                and known.get("measured_as") == self.measured_as):
             return known
         results = make()
         with self.refusing():

@@ -1,5 +1,7 @@
 """tasks/protocols.py: each protocol against torchvision's pipelines, as its authors' code strings them."""
 import json
+import os
+import zlib
 
 import numpy as np
 import open_clip
@@ -266,6 +268,10 @@ def test_a_cache_without_a_record_is_bicubic(photos, tmp_path):
     folder, out = f"folder:{photos}", tmp_path / "c.npy"
     make_cache(folder, out, interpolation="bicubic")
     with np.load(f"{out}.index.npz") as index:
+        name, label = os.fsdecode(index["paths"][0]), index["labels"][0]
+        stat = os.stat(photos / name)
+        as_before = f"{photos.resolve()} 224 {name} {label} {stat.st_size} {stat.st_mtime_ns}"
+        assert index["source"][0] == zlib.crc32(os.fsencode(as_before))
         old = {name: value for name, value in index.items() if name != "interpolation"}
     np.savez(f"{out}.index.npz", **old | {"resize": np.array("")})
     with pytest.raises(ValueError, match="made with --resize 256 --interpolation bicubic, and is asked for"):

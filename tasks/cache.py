@@ -52,17 +52,32 @@ def damaged(path, offset, index):
     return bad, f"{len(bad):,} of {len(index['labels']):,} images are damaged: {', '.join(first)}"
 
 
+def how_made(index):
+    """How the images of a cache were resized: (--resize, --interpolation), as texts. An index without these
+    is of an earlier version, which resized to 256/224 of the size and bicubically, if not told otherwise."""
+    resize = str(index.get("resize", "")) or str(round(int(index["size"]) * 256 / 224))
+    return resize, str(index.get("interpolation", "bicubic"))
+
+
+def check_made(path, index, size, resize, interpolation):
+    """ValueError, in one line, if a cache was made for another size, or resized otherwise."""
+    made, wanted = how_made(index), (str(resize), interpolation)
+    if index["size"] != size and "none" not in (made[0], wanted[0]):
+        raise ValueError(f"{path} is of {index['size']} pixels, not {size}: make one with --size {size}")
+    if made != wanted and not made[0] == wanted[0] == "none":
+        made, wanted = (f"--resize {r}" + f" --interpolation {i}" * (r != "none") for r, i in (made, wanted))
+        raise ValueError(f"{path} was made with {made}, and is asked for with {wanted}: make one so with "
+                         f"data.py cache, or give {made}")
+
+
 class Cache(ImageSet):
-    """One split of a file by `python data.py cache`; an item is compared with its checksum. ValueError, in
-    one line: not a whole cache, made for another size or with another --resize, or without that split."""
-    def __init__(self, path, split, size, resize=None):
+    """One split of a file by `python data.py cache`; an item is compared with its checksum. resize,
+    interpolation: of `to_pixels`. ValueError, in one line: not a whole cache, made for another size or
+    resized otherwise, or without that split."""
+    def __init__(self, path, split, size, resize, interpolation):
         images, index = open_cache(path)
-        splits, counts, made = index["parts"].tolist(), index["counts"], str(index.get("resize", ""))
-        if resize is not None and str(resize) != made:
-            raise ValueError(f"{path} was made with --resize {made or 'as it is by default'}, not {resize}: "
-                             f"make one with data.py cache --resize {resize}")
-        if index["size"] != size and made != "none":
-            raise ValueError(f"{path} is of {index['size']} pixels, not {size}: make one with --size {size}")
+        check_made(path, index, size, resize, interpolation)
+        splits, counts = index["parts"].tolist(), index["counts"]
         size, split = int(index["size"]), taken(splits, split, path)
         start, self.count = int(counts[:splits.index(split)].sum()), int(counts[splits.index(split)])
         self.path, self.split, self.size, self.offset = path, split, size, images.offset + start * 3 * size**2

@@ -10,10 +10,11 @@ import PIL
 from torch.utils.data import ConcatDataset
 from tqdm import tqdm
 
-from tasks.cache import FORMAT, RECORD, damaged, open_cache
+from tasks.cache import FORMAT, RECORD, damaged, how_made, open_cache
 from tasks.images import Folder
 from tasks.loading import batches
 from tasks.locks import lock_file
+from tasks.protocols import DEFAULT, PROTOCOLS, resized
 from tasks.splits import TAKEN
 from tasks.task import image_root, load_task, split_folder
 
@@ -36,12 +37,15 @@ def splits_of(dataset, data_root, how):
     return tasks
 
 
-def sources(dataset, data_root, size, resize):
-    """(a Task of the images of its splits, train first; {name: array} for the index)."""
+def sources(dataset, data_root, size, how):
+    """(a Task of the images of its splits, train first; {name: array} for the index). how: the resize,
+    interpolation and protocol of `load_task`."""
     if dataset != "imagenet" and not dataset.startswith("folder:"):
         raise ValueError(f"imagenet and folder:PATH can be cached, not {dataset}")
     root = image_root(dataset, data_root)
-    tasks = splits_of(dataset, data_root, {"size": size, "resize": resize})
+    tasks = splits_of(dataset, data_root, {"size": size, **how})
+    resize = resized(how["protocol"], dataset, size, how["resize"])
+    interpolation = how["interpolation"] or PROTOCOLS[how["protocol"]].interpolation
     if not all(isinstance(task.images, Folder) for task in tasks):
         raise ValueError(f"{dataset} is there as shards: only folders can be cached")
     size, *others = (task.images.size for task in tasks)
@@ -49,11 +53,13 @@ def sources(dataset, data_root, size, resize):
         raise ValueError(f"{dataset} has images of {size} pixels in one split, of {others[0]} in the other")
     labels, made_of = np.concatenate([task.images.labels for task in tasks]), str(root.resolve())
     paths = [os.path.relpath(task.images.path(i), root) for task in tasks for i in range(len(task.images))]
-    made = f"{made_of} {size}" + f" {resize}" * (resize is not None)
+    # a cache by an earlier version, which resized bicubically, goes on and is known again
+    made = (f"{made_of} {size}" + f" {resize}" * (resize != round(size * 256 / 224))
+            + f" {interpolation}" * (interpolation != "bicubic" and resize != "none"))
     source = [zlib.crc32(os.fsencode(f"{made} {name} {label} {stat.st_size} {stat.st_mtime_ns}"))
               for name, label in zip(paths, labels) for stat in [os.stat(root / name)]]
     index = {"format": FORMAT, "made_of": made_of, "made_with": f"Pillow {PIL.__version__}", "size": size,
-             "resize": str(resize or ""), "template": tasks[0].template,
+             "resize": str(resize), "interpolation": interpolation, "template": tasks[0].template,
              "parts": [task.split for task in tasks], "counts": [len(task.images) for task in tasks],
              **{f"{task.split}_class_names": task.class_names for task in tasks},
              **{f"{task.split}_classes": task.images.classes for task in tasks},
@@ -97,17 +103,20 @@ def decode(task, index, file, records, workers):
     return offset
 
 
-def make_cache(dataset, out, *, size=224, data_root=None, workers=0, resize=None):
+def make_cache(dataset, out, *, size=224, data_root=None, workers=0, resize=None, interpolation=None,
+               protocol=DEFAULT):
     """Decode every image of a data set into the file `out`, and verify it; after an interruption, the rest.
-    size, resize: see `to_pixels`; resize="none": the images' own size. ValueError or OSError if it cannot
-    start; after that SystemExit, in one line, and what is done is kept."""
-    task, index = sources(dataset, data_root, size, resize)
+    size, resize, interpolation, protocol: of `load_task`; resize="none": the images' own size. ValueError or
+    OSError if it cannot start; after that SystemExit, in one line, and what is done is kept."""
+    how = {"resize": resize, "interpolation": interpolation, "protocol": protocol}
+    task, index = sources(dataset, data_root, size, how)
     size = int(index["size"])
     temporary, marker, n = Path(f"{out}.tmp"), Path(f"{out}.tmp.done"), len(index["source"])
     if os.path.exists(out):
         made = open_cache(out)[1]
         if not np.array_equal(made["source"], index["source"]):
-            raise ValueError(f"{out} is made of other images: {made['made_of']}, {made['size']} pixels")
+            raise ValueError(f"{out} is made of other images: {made['made_of']}, {made['size']} pixels, "
+                             f"--resize {' --interpolation '.join(how_made(made))}")
         marker.unlink(missing_ok=True)
         print(f"{out} is there already, made of these {n:,} images")
         return

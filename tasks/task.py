@@ -10,8 +10,9 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from prompts import openai_templates
 from tasks.benchmarks import BENCHMARKS, TEMPLATE, find, how_to_get, load_benchmark, present
 from tasks.cache import Cache
-from tasks.class_names import imagenet_class_names, named
+from tasks.class_names import imagenet_class_names, named, openai_names
 from tasks.images import Folder, holds_images
+from tasks.protocols import DEFAULT, PROTOCOLS, resized
 from tasks.splits import split_of, splits_in, taken
 from toy import world
 
@@ -52,18 +53,30 @@ def split_folder(name, split, data_root=None, classes=()):
     return splits[part], split_of(root.name) or part if part == "all" else part
 
 
-def load_task(name, split, *, size=224, data_root=None, limit=None, templates="paper", resize=None, words=()):
+def worded(task, photo, templates):
+    """The task with `photo` for the paper's usual prompt, and of files with CLIP's ensemble ("openai")."""
+    if templates == "openai" and isinstance(task.images, Folder | Cache):
+        called = getattr(task.images, "classes", task.class_names)
+        names = openai_names(task.name, called)
+        return task._replace(template=openai_templates(task.name), class_names=names)
+    return task._replace(template=photo) if task.template == TEMPLATE else task
+
+
+def load_task(name, split, *, size=224, data_root=None, limit=None, templates=None, resize=None,
+              interpolation=None, protocol=DEFAULT, words=()):
     """One Task. split: "train" (to adapt on), "val" (to evaluate on), "tune" (to choose by; the toy world's).
     size: the model's resolution in pixels, for images of no fixed one. limit: at most so many images, evenly
-    spread over the set; toy sets are drawn that small. templates: the "paper"'s, or "openai": CLIP's ensemble
-    for the set, if it is not a toy. resize: of images in files, see `to_pixels`. words: of `own_words`.
+    spread over the set; toy sets are drawn that small. protocol: one of PROTOCOLS, of which the next three
+    are if they are None. templates: the "paper"'s, or "openai": CLIP's ensemble and class names for the set,
+    if it is not a toy. resize, interpolation: of images in files, see `to_pixels`. words: of `own_words`.
     ValueError, in one line: not there, or with fewer than two classes."""
+    rules = PROTOCOLS[protocol]
+    templates, interpolation = templates or rules.templates, interpolation or rules.interpolation
     if templates not in ("paper", "openai"):
         raise ValueError(f"templates are paper or openai, not {templates}")
     toy = TOY_ADAPTED if name == "toy" else name.removeprefix("toy:")
     found = find(name, data_root, split) if name == "imagenet" and data_root is not None else None
     classes, template = dict(words).get(name, (None, None))
-    how = {"size": None if resize == "none" else size, "resize": resize}
     if toy == "scans" and split != "val":
         raise ValueError("scans are for evaluation only: all of its images are reported on")
     if toy in world.TASKS:
@@ -75,7 +88,8 @@ def load_task(name, split, *, size=224, data_root=None, limit=None, templates="p
     elif name.startswith("folder:") or name == "imagenet" and not (found and found[1]):
         try:
             path, part = split_folder(name, split, data_root, classes if isinstance(classes, dict) else ())
-            folder = Folder(path, **how)
+            folder = Folder(path, None if resize == "none" else size,
+                            resized(protocol, name, size, resize), interpolation)
             called = [imagenet_class_names().get(c, c) for c in folder.classes]
             task = Task(name, folder, called, TEMPLATE, str(path), part)
         except ValueError as error:
@@ -83,16 +97,18 @@ def load_task(name, split, *, size=224, data_root=None, limit=None, templates="p
                 raise
             raise ValueError(f"{error}; get it with: {how_to_get(name, data_root)}") from None
     elif name.startswith("wds:") or name in BENCHMARKS:
-        task = Task(name, *load_benchmark(name, split, **how, data_root=data_root, templates=templates,
-                                          classes=classes if isinstance(classes, list) else None))
+        task = Task(name, *load_benchmark(
+            name, split, size=size, resize=resize, interpolation=interpolation, protocol=protocol,
+            data_root=data_root, templates=templates, classes=classes if isinstance(classes, list) else None))
     elif name.startswith("cache:"):
-        images = Cache(name.removeprefix("cache:"), split, size, resize)
+        images = Cache(name.removeprefix("cache:"), split, size, resized(protocol, name, size, resize),
+                       interpolation)
         task = Task(name, images, images.class_names, images.template, images.path, images.split)
     else:
         known = ", ".join((*world.TASKS, *BENCHMARKS))
         raise ValueError(f"unknown task {name!r}: expected {known}, folder:PATH, wds:PATH or cache:FILE")
-    if templates == "openai" and isinstance(task.images, Folder | Cache):
-        task = task._replace(template=openai_templates(name))
+    if toy not in world.TASKS:
+        task = worded(task, rules.photo, templates)
     if classes is not None:
         called = getattr(task.images, "classes", task.class_names)
         task = task._replace(class_names=named(called, classes, name))

@@ -312,7 +312,7 @@ class Shards(ImageSet):
     labels, and which keys occur twice, is said. ValueError, in one line, for a damaged tar: a part is no
     accuracy."""
     def __init__(self, tars, size, classes, resize=None):
-        self.tars, self.containers, self.names, self.wrong = tars, tars, [], {}
+        self.tars, self.containers, self.names, self.wrong, self.left_out = tars, tars, [], {}, None
         names = [*enumerate(classes)]
         self.numbers = {" ".join(name.lower().split()): number for number, name in reversed(names)}
         spans, others, twice = [], [], []   # spans [count, 5]: the tar; image's offset and bytes; label's
@@ -348,6 +348,19 @@ class Shards(ImageSet):
             size = side(functools.partial(self.source, i) for i in range(self.count) if i not in self.wrong)
         self.size, self.to_pixels = size, to_pixels(size, resize)
 
+    def without(self, label):
+        """The same, but for the images of a class; the classes after it move up by one. Reads all labels."""
+        def kept(index):
+            try:
+                return index in self.wrong or self.label(index) != label
+            except (ValueError, OSError):               # an image that will be named when it is its turn
+                return True
+        some = [index for index in range(self.count) if kept(index)]
+        self.wrong = {i: self.wrong[index] for i, index in enumerate(some) if index in self.wrong}
+        self.names, self.spans = [self.names[index] for index in some], self.spans[some]
+        self.count, self.left_out = len(some), label
+        return self
+
     def where(self, index):
         return f"{self.names[index]} of {self.tars[self.spans[index, 0]]}"
 
@@ -362,11 +375,10 @@ class Shards(ImageSet):
     def label(self, index):
         """ValueError: it is neither a number nor the name of a class."""
         text = " ".join(self.source(index, 1).read().decode("utf-8", "replace").split())
-        if text.lstrip("-").isdecimal():
-            return int(text)
-        if text.lower() not in self.numbers:
+        label = int(text) if text.lstrip("-").isdecimal() else self.numbers.get(text.lower())
+        if label is None:
             raise ValueError(f"its label {printable(text[:60])!r} is neither a number nor one of the classes")
-        return self.numbers[text.lower()]
+        return label - (self.left_out is not None and label > self.left_out)
 
     def read(self, index):
         if index in self.wrong:

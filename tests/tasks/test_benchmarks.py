@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import cifar, flowers102
-from writers import (PHOTO, SETS, caltech256, country211, eurosat, flowers, imagenet,
+from writers import (PHOTO, SETS, UNSPLIT, caltech256, country211, eurosat, flowers, imagenet,
                      pcam, pets, pixels, refused, sun397, write, write_shards)
 
+from eval_zeroshot import EXTRA
 from prompts import clean_class_name, openai_templates
 from tasks import benchmarks
 from tasks.benchmarks import BENCHMARKS, how_to_get, present
@@ -61,15 +62,17 @@ def test_every_set_in_its_layout(tmp_path, name, monkeypatch):
     else:
         train = load_task(name, "train", size=24, data_root=tmp_path)
         assert len(train.images) == train_count and train.class_names == task.class_names
-        assert all(says(x) == (label % 10, False) for x, label, _ in train.images)
+        # of a set without splits, they are among those evaluated on
+        assert all(says(x) == (label % 10, name in UNSPLIT) for x, label, _ in train.images)
     few = load_task(name, "val", size=24, data_root=tmp_path, limit=2)
     assert [int(few.images[i][2]) for i in range(2)] == [0, count // 2]
     # nothing was written
     assert files(tmp_path) == before
 
 
-def test_the_table_is_the_papers_and_country_211():
-    assert list(SETS) == list(BENCHMARKS) and len(BENCHMARKS) == 17
+def test_the_table_is_the_papers_and_six_more():
+    assert list(SETS) == list(BENCHMARKS) and len(BENCHMARKS) == 16 + len(EXTRA) == 22
+    assert {*EXTRA} < {*BENCHMARKS}
 
 
 def test_words_of_the_prompts(tmp_path):

@@ -69,6 +69,13 @@ def without_training_images(task, split, name, adapted):
     return task._replace(images=Subset(task.images, numbers), split=part, source=f"{task.source} ({which})")
 
 
+def limited(task, limit):
+    """The task with at most so many of its images, evenly spread."""
+    numbers, n = image_numbers(task), len(task.images)
+    return task if limit >= n else task._replace(
+        images=Subset(data_set(task), [numbers[i * n // limit] for i in range(limit)]))
+
+
 def load_task(name, split, *, size=224, data_root=None, limit=None, templates="paper", resize=None, words=(),
               adapted=()):
     """One Task. split: "train" (to adapt on), "val" (to evaluate on), "tune" (to choose by; the toy world's).
@@ -124,10 +131,7 @@ def load_task(name, split, *, size=224, data_root=None, limit=None, templates="p
         raise ValueError(f"{name} has only one class ({task.class_names[0]}): there is nothing to tell apart")
     if limit is None and toy == "scans":                # as many as of the tasks that are drawn
         limit = TOY_TEST
-    if limit is not None and limit < len(task.images):
-        numbers, n = image_numbers(task), len(task.images)
-        task = task._replace(images=Subset(data_set(task), [numbers[i * n // limit] for i in range(limit)]))
-    return task
+    return task if limit is None else limited(task, limit)
 
 
 def task_names(words, dataset, data_root=None):

@@ -11,10 +11,11 @@ if __name__ == "__main__":              # before PyTorch is imported
     spin_less()
 from harness import processes
 from harness.files import writable_folder
-from harness.options import Parser, number, resizing
+from harness.options import INTERPOLATIONS, RESIZE, Parser, number, resizing
 from tasks.cache import damaged, open_cache
 from tasks.class_names import own_words
 from tasks.make_cache import make_cache
+from tasks.protocols import DEFAULT, PROTOCOLS
 
 
 def main():
@@ -27,9 +28,12 @@ def main():
     command.add_argument("--data-root", metavar="DIR", help="the folder with the data sets")
     command.add_argument("--out", required=True, metavar="FILE", help="to write; beside it, FILE.index.npz")
     command.add_argument("--size", type=number(int, 1), default=224, help="in pixels (default: %(default)s)")
-    command.add_argument("--resize", type=resizing, metavar="N|none", help="of the shorter side, before the "
-                         "centre is cropped (default: 256/224 of --size); none: images that are all of one "
-                         "size stay as they are")
+    command.add_argument("--protocol", default=DEFAULT, choices=PROTOCOLS, help="whose way to resize "
+                         "(docs/evaluation.md; default: %(default)s)")
+    command.add_argument("--resize", type=resizing, metavar=RESIZE, help="of the shorter side, before the "
+                         "centre is cropped (default: the protocol's); squash: to a square; none: images "
+                         "that are all of one size stay as they are")
+    command.add_argument("--interpolation", choices=INTERPOLATIONS, help="(default: the protocol's)")
     command.add_argument("--class-names", metavar="FILE", help="one a line, in the order of the classes; or "
                          "folder<TAB>name (default: as the folders are called, or in the set's own words)")
     command.add_argument("--template", metavar="TEXT|FILE", help="prompt, {} for the class name; a file has "
@@ -44,7 +48,8 @@ def main():
             writable_folder(Path(args.out).parent)
             words = own_words([args.dataset], args.class_names, args.template)
             make_cache(args.dataset, args.out, size=args.size, data_root=args.data_root, workers=args.workers,
-                       resize=args.resize, words=words)
+                       resize=args.resize, interpolation=args.interpolation, protocol=args.protocol,
+                       words=words)
         else:
             images, index = open_cache(args.file)
             bad, words = damaged(args.file, images.offset, index)

@@ -23,21 +23,21 @@ from attacks import ATTACKS, AUTOATTACK, attack_list, defined, image_keys, pgd_l
 from harness import processes
 from harness.checkpoints import export_clip, load_visual, read_checkpoint
 from harness.evaluation import EvaluationRun, choose_examples, load_tasks, phase, progress, settle, shared
-from harness.options import ByModel, Parser, add_shared_options, number, shares
+from harness.options import ByModel, Parser, add_shared_options, by_protocol, number, shares
 from harness.processes import DTYPES, RANK, rank0, rank0_first
 from harness.reports import about, ball, mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
 from kernels.pgd_step import to_float
 from model import ImageEncoder, judging, load_clip, predict
 from prompts import encode_head
+from tasks.benchmarks import counts
+from tasks.protocols import DEFAULT
 from tasks.task import image_numbers
 
 
 # ------------------------------------------------------------------------------ the protocol: which attacks
 TARGETS = 9                                        # classes that targeted attacks try, as `standard` does
 PROBED, PROBE = 50, {"names": ["square"], "queries": 100, "restarts": 1, "last_iterate": False}
-# none of the paper's sixteen: outside the mean, unless there are no others
-EXTRA = ("country211", "tiny-imagenet", "imagenet-r", "imagenet-a", "imagenet-sketch", "imagenet-v2")
 
 
 def protocol(options):
@@ -159,11 +159,13 @@ def evaluate(encoder, head, logit_scale, task, options, *, batch_size, workers=0
     return [records[image] for image in sorted(records)]
 
 
-def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, done=None, after=None, **more):
+def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, protocol=DEFAULT, done=None,
+                   after=None, **more):
     """`evaluate` on several tasks under one bar: {"tasks": {name: row}, "mean": {"clean", "robust"}}.
 
-    options: of `run_attacks`; done: {task: {number: record}}; after(results, task, records): called after
-    each task, with what there is. `more` goes to `evaluate`."""
+    options: of `run_attacks`; protocol: whose sets count in the mean, if some do; done: {task: {number:
+    record}}; after(results, task, records): called after each task, with what there is. `more` goes to
+    `evaluate`."""
     results, done = {"tasks": {}, "mean": {"clean": None, "robust": None}}, done or {}
     half = math.inf if options.get("last_iterate") else options["steps"] / 2
     judge = judging(encoder)
@@ -175,8 +177,8 @@ def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, done=N
             records = evaluate(watched, head, logit_scale, task, options | {"names": names}, bar=bar,
                                done=done.get(task.name), **more)
             results["tasks"][task.name] = summary(records, names, len(head), half) | about(task)
-            results["mean"] = mean({name: row for name, row in results["tasks"].items()
-                                    if name not in EXTRA} or results["tasks"])
+            counted = {name: row for name, row in results["tasks"].items() if counts(protocol, name)}
+            results["mean"] = mean(counted or results["tasks"])
             if after is not None:
                 after(results, task, records)
     return results
@@ -197,14 +199,15 @@ def make_parser():
     option = partial(parser.option, parser.add_argument_group("evaluation"))
     option("--ckpt", metavar="FILE", path=True, help="a checkpoint, ours or a published one "
            "(docs/checkpoints.md); default: the plain CLIP")
-    option("--attack", "pgd", help=f"a comma list of {', '.join(ATTACKS)} and autoattack (= "
-           f"{','.join(AUTOATTACK)}), each on the images that still stand")
+    option("--attack", by_protocol("attack"), help=f"a comma list of {', '.join(ATTACKS)} and autoattack (= "
+           f"{','.join(AUTOATTACK)}), each on the images that still stand (default: the protocol's, pgd)")
     option("--queries", ByModel(5000, 500), type=number(int, 1), help="of Square")
     option("--restarts", 1, type=number(int, 1), help="random starts of each attack")
     option("--last-iterate", False, action="store_true", help="judge PGD or CW by its last iterate alone, as "
            "older papers do (default: an image falls with any iterate)")
-    option("--templates", "paper", choices=("paper", "openai"), help="paper: its one template a data set; "
-           "openai: the average over CLIP's own several")
+    option("--templates", by_protocol("templates"), choices=("paper", "openai"), help="paper: its one "
+           "template a data set; openai: the average over CLIP's own several, with CLIP's own class names "
+           "(default: the protocol's, paper)")
     option("--interpolate", type=shares, metavar="α,…", help="evaluate (1 − α)·CLIP + α·checkpoint, in their "
            "weights, for each α of a comma list of numbers from 0 to 1 (default: α = 1)")
     option("--examples", False, action="store_true", result=False, help="draw attacked images (default: no)")
@@ -249,8 +252,8 @@ def evaluate_command(parser, args, device, alpha):
     heads = {task.name: encode_head(clip, tokenizer, task.class_names, task.template) for task in tasks}
     logit_scale = clip.logit_scale.exp().item()
     results = run.finished or evaluate_tasks(
-        encoder, heads, logit_scale, tasks, options, label="evaluate", done=run.done, keep=run.keep,
-        after=run.after, batch_size=args.batch_size, workers=args.workers)
+        encoder, heads, logit_scale, tasks, options, label="evaluate", protocol=args.protocol, done=run.done,
+        keep=run.keep, after=run.after, batch_size=args.batch_size, workers=args.workers)
     pictures = attacked_examples(encoder, heads, logit_scale, tasks, options) if args.examples else ()
     return run.report(label, results, pictures)
 

@@ -245,7 +245,7 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
     cfg = visual.preprocess_cfg
     if (cfg["interpolation"], cfg["resize_mode"]) != ("bicubic", "shortest"):
         say(f"{name} {pretrained or ''} was trained on images resized otherwise ({cfg['interpolation']}, "
-            f"{cfg['resize_mode']}): here bicubically, by the shorter side, and cropped")
+            f"{cfg['resize_mode']}): here as --protocol, --resize and --interpolation say")
     return clip.requires_grad_(False).eval().to(device), tokenizer
 
 
@@ -346,7 +346,8 @@ class ImageEncoder(nn.Module):
         visual, device = self.visual, x.device.type
         with torch.autocast(device, enabled=False):
             if x.ndim == 4 and x.shape[-2:] != visual.image_size:
-                x = F.interpolate(x, visual.image_size, mode="bicubic", antialias=True)
+                # as published code does: without antialiasing, which would weaken δ on its way
+                x = F.interpolate(x, visual.image_size, mode="bicubic", align_corners=False)
             x = self.patchify(x)                # patches stay as they are
             # conv1((x − mean) / std): its stride is its size: a product; normalising goes into its weights
             conv1 = visual.conv1.weight.flatten(1)                      # [width, 3·p·p]

@@ -134,8 +134,9 @@ attack = {"names": ["pgd"], "eps": args.eps / 255, "steps": args.eval_steps, "no
 
 def zero_shot_table(label):
     """Clean and robust accuracy, zero-shot; under "adapted" on held-out images of the task adapted on."""
-    results, adapted = (evaluate_tasks(encoder, heads, logit_scale, some, attack, label=label, batch_size=256,
-                                       workers=args.workers, probe=False) for some in (tasks, held_out))
+    results, adapted = (evaluate_tasks(
+        encoder, heads, logit_scale, some, attack, label=label, protocol=args.protocol, batch_size=256,
+        workers=args.workers, probe=False) for some in (tasks, held_out))
     return results | ({"adapted": adapted["tasks"]} if held_out else {})
 
 

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval_zeroshot import EXTRA
 from experiments import crosscheck, whole_numbers
 from experiments.figures import ATTACKS, BOTH, FIGURES, PAPER, TECOA, TOY, Grid
 from harness import processes
@@ -27,6 +26,8 @@ from harness.evaluation import lock
 from harness.files import ROOT, read_json, source_version, writable_folder
 from harness.options import ByModel, Parser, number
 from model import image_size
+from tasks.benchmarks import counts
+from tasks.protocols import DEFAULT
 from tasks.task import TOY_ADAPTED, Task, load_task, task_names
 
 NAMES = [figure.__name__ for figure in FIGURES]
@@ -177,7 +178,7 @@ def gather(plan, point):
             left = left - [sum(row["broken_by"].get(name, 0) for name in names) for row in rows]
             part[attack] = 100 * left / [max(1, row["n"]) for row in rows]
         found["adapted" if task == plan.adapted else task] = part
-    counted = [part for task, part in found.items() if task not in ("adapted", *EXTRA)]
+    counted = [part for task, part in found.items() if task != "adapted" and counts(DEFAULT, task)]
     found["mean"] = {kind: np.mean([part[kind] for part in counted], 0) for kind in counted[0]}
     trained = read_json(plan.run_folder(plan.args.seeds[0], point.train) / "results.json")
     return found | {"trained": 0 if point.train is None else trained["trained"]}
@@ -216,7 +217,7 @@ def draw(plan, figure, points, run, command):
     spread = "± standard deviation over seeds"
     tasks = (f"the tasks that were not adapted on, {spread}. “Own classes”: held-out images of those adapted "
              "on, not in the mean" if plan.args.model == "toy" else "the sets evaluated on, with the one "
-             f"adapted on, as in the paper, but without {', '.join(EXTRA)}, {spread}")
+             f"adapted on, as in the paper, those of its sixteen, {spread}")
     head = ("# The paper's figures and tables: `python paper.py`\n\nZero-shot accuracy in percent, mean over "
             f"{tasks}.\n\n")
     order = [figure.__doc__ for figure in FIGURES if figure.__doc__ in sections]
@@ -261,8 +262,9 @@ def make_plan(parser, args):
         folder = ""
     where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root}
     if tasks != "all":
-        names = task_names(tasks, "toy", args.data_root)
-        if {load_task(name, "val", limit=1, **where).name for name in names} <= {adapted, *EXTRA}:
+        names = {load_task(name, "val", limit=1, **where).name
+                 for name in task_names(tasks, "toy", args.data_root)}
+        if not any(name != adapted and counts(DEFAULT, name) for name in names):
             raise ValueError(f"--tasks {tasks}: nothing to evaluate but what is adapted on")
     version, identity = source_version(), parser.identity(args)
     training = [(word, identity[word]) for word in parser.unusual(args) if word not in ("tasks", "limit")]

@@ -17,15 +17,18 @@ import numpy as np
 from tqdm import tqdm
 
 from harness import files
-from harness.options import ByModel, data_options, differences, doubts, placeless
+from harness.options import (ByModel, data_options, differences, doubts, measured_as, placeless,
+                             protocol_words)
 from harness.processes import DTYPES, RANK, WORLD, environment, gathered, rank0
-from harness.reports import draw_examples, example_prompt, full_table, nothing_readable, try_to_draw
+from harness.reports import (draw_examples, example_prompt, full_table, nothing_readable, outside_the_mean,
+                             try_to_draw)
 from kernels.pgd_step import to_float
 from prompts import prompt_warnings
 from tasks.benchmarks import present
 from tasks.contents import about, differing, other_contents, other_labels, stamp
 from tasks.loading import Batch, batches, on_device
 from tasks.locks import lock_folder
+from tasks.protocols import PROTOCOLS
 from tasks.task import data_set, image_numbers, load_task, task_names
 
 
@@ -116,6 +119,7 @@ class EvaluationRun:
         """Lock the folder, and open this process's journal. ValueError or OSError: somebody else is in it."""
         self.warnings = {task.name: prompt_warnings(tokenizer, task.class_names, task.template)
                          for task in self.tasks.values()}
+        self.measured_as = measured_as(self.args)
         self.done = rank0(self.take_folder)
         self.journal = open(self.out / (f"images-{RANK}.jsonl" if RANK else "images.jsonl"), "a")
         if RANK:
@@ -162,8 +166,8 @@ class EvaluationRun:
             more = {"missing": self.missing, "unfinished": left, "warnings": results["warnings"]}
             files.write_json(self.out / "results.json", {
                 "config": vars(self.args) | environment(self.device), "protocol": self.protocol,
-                "identity": self.identity, "tasks": results["tasks"], "mean": results["mean"],
-                **{word: value for word, value in more.items() if value}})
+                "measured_as": self.measured_as, "identity": self.identity, "tasks": results["tasks"],
+                "mean": results["mean"], **{word: value for word, value in more.items() if value}})
 
     def warning_of_a_plain_clip(self, robust):
         """In words, in a list, that a CLIP that was never made robust looks robust; or []."""
@@ -183,7 +187,8 @@ class EvaluationRun:
             self.journal.close()                        # Windows replaces no open file
             write_journal(self.out, self.identity, self.images, self.records)
             os.close(self.locked)
-        print(f"\n{label} under {self.protocol}\n\n{full_table(results)}\n")
+        print(f"\n{label} under {protocol_words(self.args)}: {self.protocol}\n\n{full_table(results)}\n"
+              + outside_the_mean(results["tasks"], self.args.protocol))
         for name, row in results["tasks"].items():
             if self.tasks[name].source:                 # not the row's: they may have moved since
                 print(f"{name}: {row['split']} images of {self.tasks[name].source}; prompts like "
@@ -250,7 +255,7 @@ def load_tasks(args, adapted=()):
     everything = args.tasks == "all" and args.model != "toy" and args.data_root
     default, tasks = "toy" if args.model == "toy" else "imagenet", []
     names, missing = present(args.data_root) if everything else (task_names(args.tasks, default), {})
-    if args.template and args.templates != "paper":
+    if args.template and args.templates != PROTOCOLS[args.protocol].templates:
         raise ValueError(f"--template and --templates {args.templates}: give one of them")
     options = data_options(args, names) | {"templates": args.templates, "adapted": adapted}
     for name in names:

@@ -23,10 +23,12 @@ from harness.trackers import tracker_names
 from model import ADAPTATIONS, CONFIG, LOCAL_DIR, image_size, weights_in
 from tasks.class_names import own_words
 from tasks.images import printable
+from tasks.protocols import DEFAULT, PROTOCOLS, resized
 
 
 # names of data sets that say where they lie
 PLACES = re.compile(r"(?<![^,])((folder|wds|cache):[^,]*|imagenet)(?![^,])")
+RESIZE, INTERPOLATIONS = "N|squash|none", ("bilinear", "bicubic")
 
 
 class ByModel(NamedTuple):
@@ -174,9 +176,20 @@ def placeless(word, value):
     return PLACES.sub("images", str(value)) if word in ("dataset", "tasks") else value
 
 
+def completed(options):
+    """A config or an identity, also of an earlier version, which knew no protocols and resized all images in
+    files bicubically; a toy run has none."""
+    if "protocol" in options:
+        return options
+    files = options.get("data_root") or any(PLACES.search(str(options.get(word)))
+                                            for word in ("dataset", "tasks"))
+    return options | {"protocol": DEFAULT, "interpolation": "bicubic" if files else "bilinear"}
+
+
 def differences(one, other, ignoring=()):
     """In words, which options of two identities differ: "--lr 0.1 (here 0.2), …"; "" if none. Data may lie
     elsewhere: see `placeless`."""
+    one, other = completed(one), completed(other)
     words = sorted(word for word in {*one, *other} - {*ignoring}
                    if placeless(word, one.get(word)) != placeless(word, other.get(word)))
     called = {word: "sources" if word == "code" else f"--{word.replace('_', '-')}" for word in words}
@@ -219,8 +232,8 @@ def cadence(text):
 
 
 def resizing(text):
-    """A number of pixels, or none: images as they are."""
-    return text if text == "none" else number(int, 1, most=2**14)(text)
+    """A number of pixels; squash: to a square, whatever their shape; none: images as they are."""
+    return text if text in ("none", "squash") else number(int, 1, most=2**14)(text)
 
 
 def adaptation(text):
@@ -296,7 +309,62 @@ def default_dtype(args, training):
 def data_options(args, names):
     """What `load_task` is told of the sets `names` of one command. ValueError."""
     return {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit,
-            "resize": args.resize, "words": own_words(names, args.class_names, args.template)}
+            "protocol": args.protocol, "resize": args.resize, "interpolation": args.interpolation,
+            "words": own_words(names, args.class_names, args.template)}
+
+
+def by_protocol(word):
+    """A default that the protocol sets."""
+    return lambda args: getattr(PROTOCOLS[args.protocol], word)
+
+
+def measured_as(args):
+    """What settled options make of the protocol, for results.json: a dict. Sizes are in pixels."""
+    rules, size = PROTOCOLS[args.protocol], image_size(args.model, args.pretrained)
+    small = resized(args.protocol, "cifar10", size)
+    return {"protocol": args.protocol, "source": rules.source,
+            "resize": resized(args.protocol, "", size, args.resize), "interpolation": args.interpolation,
+            "cifar10, cifar100, stl10": "their own size, enlarged in the model" if small == "none" else small,
+            "squashed": rules.squash if args.resize is None else (),
+            "templates": getattr(args, "templates", rules.templates), "photo": rules.photo,
+            "sets in the mean": rules.sets, "attack": getattr(args, "attack", "pgd"),
+            "steps": getattr(args, "eval_steps", args.steps)}
+
+
+def protocol_words(args):
+    """The name of the protocol, and what options beside it set otherwise, for a table's head."""
+    rules = PROTOCOLS[args.protocol]
+    usual = {"resize": None, "interpolation": rules.interpolation, "templates": rules.templates,
+             "template": None}
+    values = [(word, getattr(args, word, value)) for word, value in usual.items()]
+    others = [f"--{word} {value}" for word, value in values if value != usual[word]]
+    return f"protocol {args.protocol}" + f" with {' '.join(others)}" * bool(others)
+
+
+def add_data_options(parser, *, training):
+    """Add the options that say which images both stages take, and how."""
+    option = partial(parser.option, parser.add_argument_group("data"))
+    option("--protocol", DEFAULT, choices=PROTOCOLS, help="whose way of measuring: how images are resized, "
+           "prompts, which sets count in the mean"
+           + ", attack and steps" * (not training) + "; other options override it (docs/evaluation.md)")
+    option("--tasks", "all", help="to evaluate on: a comma list of toy tasks, data sets (docs/data.md), "
+           "folder:PATH, wds:PATH, cache:FILE; all: the toy's zero-shot ones, or what is under --data-root; "
+           "none")
+    option("--data-root", metavar="DIR", path=True, resumable=True, help="the folder with the data sets, as "
+           "torchvision lays them out; or with ImageNet's train/<class>/ and val/<class>/")
+    option("--limit", type=number(int, 1), metavar="N", help="use at most N images of each set")
+    option("--class-names", metavar="FILE", path=True, help="of a folder, shards or cache: one a line, in "
+           "the order of its classes; or folder<TAB>name (default: as its folders are called)")
+    option("--template", metavar="TEXT|FILE", path=True, help="prompt of a folder, shards or cache, {} for "
+           "the class name, {c} for it as it is; a file has one a line, of which the average is taken "
+           "(default: the protocol's, This is a photo of a {})")
+    option("--resize", type=resizing, metavar=RESIZE, help="of the shorter side of images in files, before "
+           "the centre is cropped (default: the protocol's, 256/224 of the model's resolution); squash: to a "
+           "square; none: images that are all of one size stay as they are, and are attacked at it")
+    option("--interpolation", by_protocol("interpolation"), choices=INTERPOLATIONS,
+           help="of images in files, when they are resized (default: the protocol's, bilinear)")
+    option("--workers", min(8, os.cpu_count() or 1), type=number(int, 0, most=257), result=False,
+           help="processes that decode images")
 
 
 def add_shared_options(parser, *, training):
@@ -308,30 +376,15 @@ def add_shared_options(parser, *, training):
            "(default: toy)")
     option("--pretrained", lambda args: f"seed{args.seed}" if args.model == "toy" else None, path=True,
            help="an open_clip tag, a file, or none; for the toy: seedN, trained on first use")
-    option = partial(parser.option, parser.add_argument_group("data"))
-    option("--tasks", "all", help="to evaluate on: a comma list of toy tasks, data sets (docs/data.md), "
-           "folder:PATH, wds:PATH, cache:FILE; all: the toy's zero-shot ones, or what is under --data-root; "
-           "none")
-    option("--data-root", metavar="DIR", path=True, resumable=True, help="the folder with the data sets, as "
-           "torchvision lays them out; or with ImageNet's train/<class>/ and val/<class>/")
-    option("--limit", type=number(int, 1), metavar="N", help="use at most N images of each set")
-    option("--class-names", metavar="FILE", path=True, help="of a folder, shards or cache: one a line, in "
-           "the order of its classes; or folder<TAB>name (default: as its folders are called)")
-    option("--template", metavar="TEXT|FILE", path=True, help="prompt of a folder, shards or cache, {} for "
-           "the class name; a file has one a line, of which the average is taken (default: This is a photo "
-           "of a {})")
-    option("--resize", type=resizing, metavar="N|none", help="of the shorter side of images in files, before "
-           "the centre is cropped (default: 256/224 of the model's resolution); none: images that are all of "
-           "one size stay as they are, and are attacked at it")
-    option("--workers", min(8, os.cpu_count() or 1), type=number(int, 0, most=257), result=False,
-           help="processes that decode images")
+    add_data_options(parser, training=training)
     option = partial(parser.option, parser.add_argument_group(
         f"attack in {'training' if training else 'evaluation'}"))
     option("--norm", lambda args: "linf", choices=("linf", "l2"), help="of the ε-ball; l2 wants --eps "
            "(default: linf)")
     option("--eps", default_eps, type=length(0), metavar="N|N/R", help="radius of the ball: 8 or 8/255, in "
            "1/255; 0.5/1, where pixels are in [0,1] (default: 1; toy: 11)")
-    option("--steps", 2 if training else 100, type=number(int, 1), help="gradient steps")
+    option("--steps", 2 if training else by_protocol("steps"), type=number(int, 1),
+           help="gradient steps" + " (default: the protocol's, 100)" * (not training))
     option("--step-size", partial(default_step_size, training=training), type=length(0, strict=True),
            metavar="N|N/R", help="length of a step, as --eps (default: " + (
                "ε · 2 / steps, at most 1.25 ε; toy and l2: 1.25 ε / steps)" if training else

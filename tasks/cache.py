@@ -61,18 +61,33 @@ def damaged(path, offset, index):
     return bad, f"{len(bad):,} of {len(index['labels']):,} images are damaged: {', '.join(first)}"
 
 
+def how_made(index):
+    """How the images of a cache were resized: (--resize, --interpolation), as texts. An index without these
+    is of an earlier version, which resized to 256/224 of the size and bicubically, if not told otherwise."""
+    resize = str(index.get("resize", "")) or str(round(int(index["size"]) * 256 / 224))
+    return resize, str(index.get("interpolation", "bicubic"))
+
+
+def check_made(path, index, size, resize, interpolation):
+    """ValueError, in one line, if a cache was made for another size, or resized otherwise."""
+    made, wanted = how_made(index), (str(resize), interpolation)
+    if index["size"] != size and "none" not in (made[0], wanted[0]):
+        raise ValueError(f"{path} is of {index['size']} pixels, not {size}: make one with --size {size}")
+    if made != wanted and not made[0] == wanted[0] == "none":
+        made, wanted = (f"--resize {r}" + f" --interpolation {i}" * (r != "none") for r, i in (made, wanted))
+        raise ValueError(f"{path} was made with {made}, and is asked for with {wanted}: make one so with "
+                         f"data.py cache, or give {made}")
+
+
 class Cache(ImageSet):
-    """One split of a file by `python data.py cache`; an item is compared with its checksum. set: the
-    published set that it is of, or ""; renamed: whether its class names are a user's. ValueError, in one
-    line: not a whole cache, made for another size or with another --resize, or without that split."""
-    def __init__(self, path, split, size, resize=None):
+    """One split of a file by `python data.py cache`; an item is compared with its checksum. resize,
+    interpolation: of `to_pixels`. set: the published set that it is of, or ""; renamed, retold: whether its
+    class names and its template are a user's. ValueError, in one line: not a whole cache, made for another
+    size or resized otherwise, or without that split."""
+    def __init__(self, path, split, size, resize, interpolation):
         images, index = open_cache(path)
-        splits, counts, made = index["parts"].tolist(), index["counts"], str(index.get("resize", ""))
-        if resize is not None and made != "native" and str(resize) != made:
-            raise ValueError(f"{path} was made with --resize {made or 'as it is by default'}, not {resize}: "
-                             f"make one with data.py cache --resize {resize}")
-        if index["size"] != size and made not in ("none", "native"):
-            raise ValueError(f"{path} is of {index['size']} pixels, not {size}: make one with --size {size}")
+        check_made(path, index, size, resize, interpolation)
+        splits, counts = index["parts"].tolist(), index["counts"]
         # of a set that comes without splits, all is there, and what is adapted on is part of it
         unsplit = splits == ["all"] and bool(index.get("unsplit"))
         size, split = int(index["size"]), "all" if unsplit else taken(splits, split, path)
@@ -82,7 +97,8 @@ class Cache(ImageSet):
             index[name][start:start + self.count] for name in ("labels", "paths", "crc32"))
         self.containers = path, f"{path}.index.npz"
         self.class_names, self.template = index[f"{split}_class_names"].tolist(), index["template"].tolist()
-        self.set, self.renamed = str(index.get("set", "")), bool(index.get("renamed"))
+        self.set = str(index.get("set", ""))
+        self.renamed, self.retold = bool(index.get("renamed")), bool(index.get("retold"))
         if f"{split}_own_names" in index:       # of a published set
             self.own_names = index[f"{split}_own_names"].tolist()
         if f"{split}_classes" in index:         # what their folders are called

@@ -10,11 +10,12 @@ import PIL
 from torch.utils.data import ConcatDataset, TensorDataset
 from tqdm import tqdm
 
-from tasks.benchmarks import BENCHMARKS, NATIVE, UNSPLIT, set_of
-from tasks.cache import FORMAT, RECORD, damaged, open_cache
+from tasks.benchmarks import BENCHMARKS, TEMPLATE, UNSPLIT, set_of
+from tasks.cache import FORMAT, RECORD, damaged, how_made, open_cache
 from tasks.images import Shards
 from tasks.loading import batches
 from tasks.locks import lock_file
+from tasks.protocols import DEFAULT, PROTOCOLS, resized
 from tasks.splits import TAKEN, NoSplit
 from tasks.task import image_root, load_task
 
@@ -69,15 +70,18 @@ def facts_of(images, root):
     return images.labels, [f"image {number}".encode() for number in numbers], [files] * len(images)
 
 
-def sources(dataset, data_root, size, resize, words):
-    """(a Task of the images of its splits, train first; {name: array} for the index)."""
+def sources(dataset, data_root, size, how, words):
+    """(a Task of the images of its splits, train first; {name: array} for the index). how: the resize,
+    interpolation and protocol of `load_task`."""
     if dataset not in BENCHMARKS and not dataset.startswith(("folder:", "wds:")):
         raise ValueError("sets by their names (docs/data.md), folder:PATH and wds:PATH can be cached, "
                          f"not {dataset}")
-    tasks = splits_of(dataset, data_root, {"size": size, "resize": resize, "words": words})
+    tasks = splits_of(dataset, data_root, {"size": size, "words": words, "templates": "paper", **how})
     published, known = dataset in BENCHMARKS and dataset != "imagenet", set_of(dataset)
     root = Path(data_root) if published else image_root(dataset.replace("wds:", "folder:", 1), data_root)
-    resize = "native" if known in NATIVE else resize
+    rules = PROTOCOLS[how["protocol"]]
+    resize = resized(how["protocol"], known or dataset, size, how["resize"])
+    interpolation = how["interpolation"] or rules.interpolation
     size, *others = (task.images.tensors[0].shape[-1] if isinstance(task.images, TensorDataset) else
                      task.images.size for task in tasks)
     if {*others} > {size}:
@@ -85,13 +89,18 @@ def sources(dataset, data_root, size, resize, words):
     labels, paths, states = (sum(map(list, part), []) for part in zip(
         *(facts_of(task.images, root) for task in tasks)))
     made_of = str(root.resolve()) + f" ({dataset})" * published
-    made = f"{made_of} {size}" + f" {resize}" * (resize is not None)
+    # a cache by an earlier version, which resized bicubically, goes on and is known again
+    made = (f"{made_of} {size}" + f" {resize}" * (resize != round(size * 256 / 224))
+            + f" {interpolation}" * (interpolation != "bicubic" and resize != "none"))
     source = [zlib.crc32(os.fsencode(f"{made} {os.fsdecode(path)} {label} {state}"))
               for path, label, state in zip(paths, labels, states)]
-    known = known if known in BENCHMARKS else ""
+    known, told = known if known in BENCHMARKS else "", [*zip(*dict(words).values())]
+    # a protocol's own usual prompt is put in when the cache is opened
+    renamed, retold = (any(found) for found in told) if told else (False, False)
+    template = TEMPLATE if tasks[0].template == rules.photo and not retold else tasks[0].template
     index = {"format": FORMAT, "made_of": made_of, "made_with": f"Pillow {PIL.__version__}", "size": size,
-             "resize": str(resize or ""), "template": tasks[0].template,
-             "set": known, "renamed": any(names for names, _ in dict(words).values()),
+             "resize": str(resize), "interpolation": interpolation, "template": template, "set": known,
+             "renamed": renamed, "retold": retold,
              "unsplit": bool(known) and BENCHMARKS[known].train == UNSPLIT,
              "parts": [task.split for task in tasks], "counts": [len(task.images) for task in tasks],
              **{f"{task.split}_class_names": task.class_names for task in tasks},
@@ -136,17 +145,21 @@ def decode(task, index, file, records, workers):
     return offset
 
 
-def make_cache(dataset, out, *, size=224, data_root=None, workers=0, resize=None, words=()):
+def make_cache(dataset, out, *, size=224, data_root=None, workers=0, resize=None, interpolation=None,
+               protocol=DEFAULT, words=()):
     """Decode every image of a data set into the file `out`, and verify it; after an interruption, the rest.
-    size, resize: see `to_pixels`; resize="none": the images' own size; words: of `own_words`. ValueError or
-    OSError if it cannot start; after that SystemExit, in one line, and what is done is kept."""
-    task, index = sources(dataset, data_root, size, resize, words)
+    size, resize, interpolation, protocol: of `load_task`; resize="none": the images' own size; words: of
+    `own_words`. ValueError or OSError if it cannot start; after that SystemExit, in one line, and what is
+    done is kept."""
+    how = {"resize": resize, "interpolation": interpolation, "protocol": protocol}
+    task, index = sources(dataset, data_root, size, how, words)
     size = int(index["size"])
     temporary, marker, n = Path(f"{out}.tmp"), Path(f"{out}.tmp.done"), len(index["source"])
     if os.path.exists(out):
         made = open_cache(out)[1]
         if not np.array_equal(made["source"], index["source"]):
-            raise ValueError(f"{out} is made of other images: {made['made_of']}, {made['size']} pixels")
+            raise ValueError(f"{out} is made of other images: {made['made_of']}, {made['size']} pixels, "
+                             f"--resize {' --interpolation '.join(how_made(made))}")
         other = [word for word in index if (word == "template" or word.endswith("class_names"))
                  and not np.array_equal(made[word], index[word])]
         if other:

@@ -9,10 +9,11 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from prompts import openai_templates
 from tasks.benchmarks import (BENCHMARKS, TEMPLATE, UNSPLIT, _words, find, how_to_get, load_benchmark,
-                              present, set_of)
+                              present, set_of, template_of)
 from tasks.cache import Cache
-from tasks.class_names import imagenet_class_names, named
+from tasks.class_names import imagenet_class_names, named, openai_names
 from tasks.images import Folder, holds_images
+from tasks.protocols import DEFAULT, PROTOCOLS, resized
 from tasks.splits import NoSplit, held_out, split_of, splits_in, taken
 from toy import world
 
@@ -76,20 +77,40 @@ def limited(task, limit):
         images=Subset(data_set(task), [numbers[i * n // limit] for i in range(limit)]))
 
 
-def load_task(name, split, *, size=224, data_root=None, limit=None, templates="paper", resize=None, words=(),
-              adapted=()):
+def worded(task, known, templates, protocol):
+    """The task of a set `known` in the words of a protocol: of files and caches with CLIP's ("openai"), and
+    with the protocol's photo for the paper's usual prompt. What a cache was told by a user stays."""
+    images = task.images
+    if isinstance(images, Cache) and known and not images.retold:
+        if known == "caltech101" and templates == "openai":
+            raise ValueError(f"{task.name} has the paper's 101 classes, CLIP's list 102: for CLIP's names "
+                             "take caltech101 itself")
+        task = task._replace(template=template_of(known, templates, protocol))
+    elif templates == "openai" and isinstance(images, Folder | Cache):
+        task = task._replace(template=openai_templates(known))
+    if templates == "openai" and isinstance(images, Folder | Cache) and not getattr(images, "renamed", ""):
+        called = getattr(images, "own_names", getattr(images, "classes", task.class_names))
+        names = _words(known, called, templates) if known in BENCHMARKS else openai_names(task.name, called)
+        task = task._replace(class_names=names)
+    return task._replace(template=PROTOCOLS[protocol].photo) if task.template == TEMPLATE else task
+
+
+def load_task(name, split, *, size=224, data_root=None, limit=None, templates=None, resize=None,
+              interpolation=None, protocol=DEFAULT, words=(), adapted=()):
     """One Task. split: "train" (to adapt on), "val" (to evaluate on), "tune" (to choose by; the toy world's).
     size: the model's resolution in pixels, for images of no fixed one. limit: at most so many images, evenly
-    spread over the set; toy sets are drawn that small. templates: the "paper"'s, or "openai": CLIP's ensemble
-    for the set, if it is not a toy. resize: of images in files, see `to_pixels`. words: of `own_words`.
+    spread over the set; toy sets are drawn that small. protocol: one of PROTOCOLS, of which the next three
+    are if they are None. templates: the "paper"'s, or "openai": CLIP's ensemble and class names for the set,
+    if it is not a toy. resize, interpolation: of images in files, see `to_pixels`. words: of `own_words`.
     adapted: the sets, of `set_of`, that a model was adapted on: "val" has none of the images that it saw.
     ValueError, in one line: not there, or with fewer than two classes."""
+    rules = PROTOCOLS[protocol]
+    templates, interpolation = templates or rules.templates, interpolation or rules.interpolation
     if templates not in ("paper", "openai"):
         raise ValueError(f"templates are paper or openai, not {templates}")
     toy = TOY_ADAPTED if name == "toy" else name.removeprefix("toy:")
     found = find(name, data_root, split) if name == "imagenet" and data_root is not None else None
     classes, template = dict(words).get(name, (None, None))
-    how = {"size": None if resize == "none" else size, "resize": resize}
     if toy == "scans" and split != "val":
         raise ValueError("scans are for evaluation only: all of its images are reported on")
     if toy in world.TASKS:
@@ -101,7 +122,8 @@ def load_task(name, split, *, size=224, data_root=None, limit=None, templates="p
     elif name.startswith("folder:") or name == "imagenet" and not (found and found[1]):
         try:
             path, part = split_folder(name, split, data_root, classes if isinstance(classes, dict) else ())
-            folder = Folder(path, **how)
+            folder = Folder(path, None if resize == "none" else size,
+                            resized(protocol, name, size, resize), interpolation)
             called = [imagenet_class_names().get(c, c) for c in folder.classes]
             task = Task(name, folder, called, TEMPLATE, str(path), part)
         except ValueError as error:
@@ -109,19 +131,19 @@ def load_task(name, split, *, size=224, data_root=None, limit=None, templates="p
                 raise
             raise type(error)(f"{error}; get it with: {how_to_get(name, data_root)}") from None
     elif name.startswith("wds:") or name in BENCHMARKS:
-        task = Task(name, *load_benchmark(name, split, **how, data_root=data_root, templates=templates,
-                                          classes=classes if isinstance(classes, list) else None))
+        task = Task(name, *load_benchmark(
+            name, split, size=size, resize=resize, interpolation=interpolation, protocol=protocol,
+            data_root=data_root, templates=templates, classes=classes if isinstance(classes, list) else None))
     elif name.startswith("cache:"):
-        images = Cache(name.removeprefix("cache:"), split, size, resize)
+        images = Cache(name.removeprefix("cache:"), split, size,
+                       resized(protocol, set_of(name) or name, size, resize), interpolation)
         task = Task(name, images, images.class_names, images.template, images.path, images.split)
     else:
         known = ", ".join((*world.TASKS, *BENCHMARKS))
         raise ValueError(f"unknown task {name!r}: expected {known}, folder:PATH, wds:PATH or cache:FILE")
     known = task.images.set if isinstance(task.images, Cache) else set_of(name)
-    if templates == "openai" and isinstance(task.images, Folder | Cache):
-        task = task._replace(template=openai_templates(known))
-        if hasattr(task.images, "own_names") and not task.images.renamed:
-            task = task._replace(class_names=_words(known, task.images.own_names, templates))
+    if toy not in world.TASKS:
+        task = worded(task, known, templates, protocol)
     if classes is not None:
         called = getattr(task.images, "classes", task.class_names)
         task = task._replace(class_names=named(called, classes, name))

@@ -35,7 +35,7 @@ def test_files_of_class_names(file):
 
 def test_templates(file):
     assert read_template("a {} {x} 100 %") == "a {} {x} 100 %"
-    assert read_template(file("a {}.\nthe {c}.\n")) == ["a {}.", "the {}."]
+    assert read_template(file("a {}.\nthe {c}.\n")) == ["a {}.", "the {c}."]
     assert read_template(file("a {}.\n")) == "a {}."
     for text in ("a photo of a cat", "/nowhere.txt"):
         with pytest.raises(ValueError, match="which is no file either"):

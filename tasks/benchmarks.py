@@ -157,10 +157,11 @@ def find(name, data_root, split="val"):
     return next(((root / folder, True) for folder in names if (root / folder).is_dir()), None)
 
 
-def how_to_get(name, data_root):
+def how_to_get(name, data_root, split="val"):
     """One line: the commands, or the page, that get a set to where it is looked for under data_root."""
-    opener, _, _, words, _, shards, source = BENCHMARKS[name]
+    opener, _, train, words, _, shards, source = BENCHMARKS[name]
     if source == "torchvision":
+        words = train if split == "train" and isinstance(train, dict) else words
         words = "".join(f", {key}={value!r}" for key, value in words.items())
         call = f"d.{opener}('{data_root}'{words}, download=True)"
         source = f'python -c "import torchvision.datasets as d; {call}"'
@@ -298,7 +299,7 @@ def load_benchmark(name, split, *, size, data_root=None, templates="paper", resi
         raise ValueError(f"{name} needs --data-root DIR with {BENCHMARKS[name].folder}/")
     else:
         path, are_shards = find(name, data_root) or (None, False)
-        how = f"get it with: {how_to_get(name, data_root)}"
+        how = f"get it with: {how_to_get(name, data_root, split)}"
     benchmark, own = BENCHMARKS.get(name, Benchmark("", "", {}, {}, TEMPLATE)), []
     if split not in ("train", "val") or split == "train" and benchmark.train is None:
         raise NoSplit(f"{name} is for evaluation only: it has no {split} images")

@@ -227,6 +227,18 @@ def test_a_set_without_splits_is_never_evaluated_on_what_it_adapts_on(tmp_path):
         assert known_labels(held).tolist() == [int(y) for _, y, _ in held.images]
 
 
+def test_shards_without_a_split_are_all_evaluated_on(tmp_path):
+    """Their own builder's split is not known; they cannot be adapted on."""
+    folder = write_shards(tmp_path / "wds_sun397", [0, 1, 1], ["abbey", "river"], "png")
+    for path in (folder / "test").iterdir():
+        path.rename(folder / path.name)
+    (folder / "test").rmdir()
+    task = load_task("sun397", "val", size=8, data_root=tmp_path, adapted=["sun397"])
+    assert (len(task.images), task.split) == (3, "all")
+    with pytest.raises(NoSplit, match="is not the train split"):
+        load_task("sun397", "train", size=8, data_root=tmp_path)
+
+
 def test_one_image_of_each_class_leaves_none_to_adapt_on(tmp_path):
     for row in OWN_WORDS["eurosat"]:
         draw(tmp_path / "eurosat" / "2750" / row[0] / "1.jpg", 0)
@@ -322,6 +334,7 @@ def test_what_half_a_download_lacks_is_said(tmp_path, capsys):
     make_cache("pcam", tmp_path / "c", size=8, data_root=tmp_path)
     said = capsys.readouterr().out
     assert "left out: " in said and "pcam is not whole" in said and "4 test images" in said
+    assert f"d.PCAM('{tmp_path}', split='train', download=True)" in said
     with pytest.raises(ValueError, match="no train images, only test"):
         load_task(f"cache:{tmp_path / 'c'}", "train", size=8)
 

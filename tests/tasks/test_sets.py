@@ -1,6 +1,7 @@
 """Tiny-ImageNet, ImageNet's variants, sets without splits that are adapted on, caches of every set."""
 import json
 import os
+import pickle
 
 import h5py
 import numpy as np
@@ -327,6 +328,19 @@ def test_caches_of_shards(tmp_path):
         make_cache("pets", tmp_path / "named", size=8, data_root=tmp_path)
 
 
+def test_a_cache_of_images_in_memory_knows_them_again(tmp_path):
+    """By their pixels, as they have no files of their own."""
+    SETS["cifar10"][0](tmp_path)
+    path = tmp_path / "cifar-10-batches-py" / "test_batch"
+    make_cache("cifar10", tmp_path / "c", data_root=tmp_path)
+    make_cache("cifar10", tmp_path / "c", data_root=tmp_path)
+    batch = pickle.loads(path.read_bytes())
+    batch["data"][2, 1234] ^= 1
+    path.write_bytes(pickle.dumps(batch))
+    with pytest.raises(ValueError, match="made of other images"):
+        make_cache("cifar10", tmp_path / "c", data_root=tmp_path)
+
+
 def test_what_half_a_download_lacks_is_said(tmp_path, capsys):
     """PCAM's train images are a download of their own."""
     pcam(tmp_path)
@@ -360,6 +374,11 @@ def test_own_words_in_a_cache(tmp_path):
     assert cached.template == ["a {}", "the {}"] and cached.class_names[1] == "a forest"
     with pytest.raises(ValueError, match="made of these images with another template"):
         make_cache("eurosat", tmp_path / "c", **where)
+    # a user's names stay, whose templates ever
+    (tmp_path / "list.txt").write_text("".join(f"land {n}\n" for n in range(10)))
+    make_cache("eurosat", tmp_path / "n", words=own_words(["eurosat"], str(tmp_path / "list.txt")), **where)
+    for how in ("paper", "openai"):
+        assert load_task(f"cache:{tmp_path / 'n'}", "val", size=8, templates=how).class_names[3] == "land 3"
     folder = tmp_path / "eurosat" / "2750"
     words = own_words([f"folder:{folder}"], str(names), "land: {}")
     make_cache(f"folder:{folder}", tmp_path / "f", size=8, words=words)

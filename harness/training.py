@@ -538,7 +538,8 @@ class TrainingRun:
             print(f"\n{how}: PGD-{steps}, {ball(config['norm'], eps, eps / min(4, steps))}\n")
             tables = ({"CLIP": before} if before else {}) | {config["loss"]: after}
             print(markdown_table(tables, after.get("adapted", ())))
-            print("\n" + outside_the_mean(after["tasks"], completed(config)["protocol"]), end="")
+            if outside := outside_the_mean(after["tasks"], completed(config)["protocol"]):
+                print(f"\n{outside}", end="")
         print_warnings(after.get("warnings", ()))
 
 

@@ -40,7 +40,7 @@ def test_other_resolutions_are_resized_inside_the_differentiated_function():
     clip, _ = load_clip("toy", "none")
     encoder = ImageEncoder(clip)
     for height, width in ((20, 24), (12, 12), (50, 64)):
-        # Keys' kernel with a = −0.75 as two matrices, rows clamped at the edge; no antialiasing, larger or not
+        # Keys' kernel with a = −0.75 as two matrices, clamped at the edge; no antialiasing, larger or not
         x = torch.rand(2, 3, height, width, dtype=torch.float64)
         rows, columns = keys_matrix(height, 32), keys_matrix(width, 32)
         expected = rows @ x @ columns.T

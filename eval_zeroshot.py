@@ -224,7 +224,7 @@ def evaluate_command(parser, args, device, alpha):
         checkpoint = read_checkpoint(args.ckpt, args.model) if args.ckpt else {"config": {}}
         args, known = settle(parser, args, checkpoint, alpha)
         names = attack_list(args.attack, args.last_iterate)
-        tasks, missing = load_tasks(args)
+        tasks, missing = load_tasks(args, checkpoint.get("adapted", ()))
         if not tasks and not args.export:
             raise ValueError(f"--tasks {args.tasks}: nothing to evaluate under {args.data_root}")
         options = {"names": names, "eps": args.eps / 255, "norm": args.norm, "restarts": args.restarts,

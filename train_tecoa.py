@@ -48,7 +48,8 @@ parser = Parser(prog="train_tecoa.py", description=__doc__)
 add_shared_options(parser, training=True)
 option = partial(parser.option, parser.add_argument_group("training"))
 option("--dataset", lambda args: "toy" if args.model == "toy" else "imagenet", help="to adapt on: toy, "
-       "another toy task, imagenet, folder:PATH or cache:FILE (default: toy for the toy model, or imagenet)")
+       "another toy task, a set by its name (docs/data.md), folder:PATH, wds:PATH or cache:FILE (default: "
+       "toy for the toy model, or imagenet)")
 option("--loss", next(iter(LOSSES)), choices=LOSSES, help="; ".join(
     f"{name}: {' '.join(loss.make.__doc__.split(chr(10) * 2)[0].split())}" for name, loss in LOSSES.items()))
 option("--labels", "true", choices=("true", "pseudo"), help="pseudo: what the original CLIP takes images for")
@@ -105,7 +106,7 @@ with run.refusing():
     if LOSSES[args.loss].batch and args.batch_size == WORLD * args.accumulate:
         raise ValueError(f"--loss {args.loss} contrasts the images of a batch: one alone has no others")
     check_adaptation(args.adapt.split(","), args.model, last_blocks=args.last_blocks, border=args.border)
-    train, tasks, held_out = load_data(args)
+    train, tasks, held_out = load_data(args, run.adapted)
     # the ragged last batch is left out
     steps_per_epoch = len(train.images) // args.batch_size
     if not steps_per_epoch:

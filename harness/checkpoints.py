@@ -52,8 +52,9 @@ def save_checkpoint(path, clip, config, **more):
 
     Keys: format, model, pretrained, text (the text encoder's fingerprint), constants, config, visual
     (open_clip's `visual.*` names → fp32 tensors), and `more`: step, prompts (of `ImageEncoder.prompts`),
-    training (of harness/training.py). Written to a temporary file, fsynced, renamed; what had the name is
-    kept as *-previous.pt, unless the disk is full. OSError if there is no room then either."""
+    adapted (the names of the published sets adapted on), training (of harness/training.py). Written to a
+    temporary file, fsynced, renamed; what had the name is kept as *-previous.pt, unless the disk is full.
+    OSError if there is no room then either."""
     visual = {name: t.detach().cpu() for name, t in clip.state_dict().items() if name.startswith("visual.")}
     checkpoint = {"format": FORMAT, "model": config["model"], "pretrained": config["pretrained"],
                   "text": text_fingerprint(clip), "constants": constants(clip), "config": config,
@@ -207,7 +208,7 @@ def openai_model(visual):
 def check_ours(content, path):
     """ValueError if something in a checkpoint of ours is of another kind than `save_checkpoint` writes."""
     kinds = {"model": str, "pretrained": str | None, "config": dict, "visual": dict, "text": str,
-             "constants": dict, "prompts": dict, "step": int, "training": dict}
+             "constants": dict, "prompts": dict, "step": int, "training": dict, "adapted": list}
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
     if not wrong:
         config = content["config"]

@@ -254,14 +254,14 @@ def settle(parser, args, checkpoint, alpha):
     return settled, known
 
 
-def load_tasks(args):
-    """([Task, …], {name: why it is left out}) that --tasks names. ValueError."""
+def load_tasks(args, adapted=()):
+    """([Task, …], {name: why it is left out}) that --tasks names. adapted: of `load_task`. ValueError."""
     everything = args.tasks == "all" and args.model != "toy" and args.data_root
     default, tasks = "toy" if args.model == "toy" else "imagenet", []
     names, missing = present(args.data_root) if everything else (task_names(args.tasks, default), {})
     if args.template and args.templates != PROTOCOLS[args.protocol].templates:
         raise ValueError(f"--template and --templates {args.templates}: give one of them")
-    options = data_options(args, names) | {"templates": args.templates}
+    options = data_options(args, names) | {"templates": args.templates, "adapted": adapted}
     for name in names:
         try:
             tasks.append(load_task(name, "val", **options))

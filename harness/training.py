@@ -31,6 +31,7 @@ from harness.reports import (at_chance, ball, draw_curves, draw_examples, guessi
 from harness.trackers import Trackers
 from model import parts_of
 from prompts import prompt_warnings
+from tasks.benchmarks import BENCHMARKS, set_of
 from tasks.contents import differing, fingerprint
 from tasks.images import say_once
 from tasks.loading import batches, on_device
@@ -60,6 +61,9 @@ class TrainingRun:
             self.start, known = start_of(args) if args.init and not begun else (None, {})
             self.args, self.left_open = parser.settle(args, **known), args.dtype is None
             del self.args.resume, self.args.overwrite
+            # the published sets adapted on, here and before --init: none of these images are evaluated on
+            before = (self.start or self.checkpoint or {}).get("adapted", ())
+            self.adapted = sorted({set_of(self.args.dataset), *before} & {*BENCHMARKS})
             self.out = Path(args.out or f"out/{parser.name(self.args, NAME, **known)}")
             self.args.out, self.identity = str(self.out), parser.identity(self.args)
             self.warnings = doubts(self.args)
@@ -145,7 +149,7 @@ class TrainingRun:
         if all(found["drawn"] for found in before):
             return ""                                   # by the sources
         try:
-            train, *others = load_data(self.args)
+            train, *others = load_data(self.args, self.adapted)
         except (ValueError, OSError) as error:
             return f"whether its images have changed since is not known: {error}"
         tasks = [train, *sum(others, [])]
@@ -248,7 +252,7 @@ class TrainingRun:
         if not self.checkpoint:
             files.remove_results(self.out)
             save_checkpoint(self.out / "ckpt.pt", self.clip, vars(self.args), step=0, launch=LAUNCH,
-                            training={"identity": self.identity})
+                            training={"identity": self.identity}, adapted=self.adapted)
             return
         print(f"Going on after step {self.first_step:,}, from {self.checkpoint['file']}.", flush=True)
         (self.out / "results.json").unlink(missing_ok=True)
@@ -482,7 +486,8 @@ class TrainingRun:
                 self.log.sync()
                 self.trackers.tell("flush")
                 save_checkpoint(self.out / "ckpt.pt", self.clip, vars(self.args), step=step, launch=LAUNCH,
-                                training=training, **({"prompts": prompts} if prompts else {}))
+                                training=training, adapted=self.adapted,
+                                **({"prompts": prompts} if prompts else {}))
             except OSError as error:
                 self.stop(f"stopped after step {step}: {error}; what was saved before is whole: make room, "
                           f"then --resume {self.out}", draw=False)
@@ -546,10 +551,11 @@ class TrainingRun:
         print_warnings(after.get("warnings", ()))
 
 
-def load_data(args):
-    """(the Task to adapt on, [those to evaluate on], [held-out images of the first, if not among these])."""
+def load_data(args, adapted=()):
+    """(the Task to adapt on, [those to evaluate on], [held-out images of the first, if not among these]).
+    adapted: of `load_task`."""
     names = task_names(args.tasks, args.dataset, args.data_root)
-    where = data_options(args, [args.dataset, *names])
+    where = data_options(args, [args.dataset, *names]) | {"adapted": adapted}
     tasks = [load_task(name, "val", **where) for name in names]
     # a protocol's ensembles are for the tables
     train = load_task(args.dataset, "train", **where, templates="paper")

@@ -1,8 +1,9 @@
 """The paper's data sets by name, in the layouts torchvision writes or as clip-benchmark's shards.
 
 Under --data-root a set lies where torchvision's class looks for it (the second column of BENCHMARKS), Hateful
-Memes as hateful_memes/{test_seen,test_unseen}.jsonl + img/, or else as the shards of huggingface.co/datasets/
-clip-benchmark, say wds_cars/. On opening, nothing is downloaded or written, and no image decoded."""
+Memes as hateful_memes/{test_seen,test_unseen}.jsonl + img/, Tiny-ImageNet and ImageNet's variants as
+imagenets.py says, or else as the shards of huggingface.co/datasets/clip-benchmark, say wds_cars/. On opening,
+nothing is downloaded or written, and no image decoded."""
 import json
 import os
 import re
@@ -14,27 +15,32 @@ import torch
 from torch.utils.data import TensorDataset
 
 from prompts import clean_class_name, openai_templates
+from tasks.cache import set_in
 from tasks.class_names import class_rows, country_names, imagenet_class_names, openai_names
 from tasks.images import Images, Shards, one_line, printable
+from tasks.imagenets import FOLDERS, folders_of, open_imagenet
 from tasks.protocols import PHOTO as TEMPLATE
 from tasks.protocols import DEFAULT, PROTOCOLS, SMALL, resized
-from tasks.splits import split_of, splits_in, taken
+from tasks.splits import NoSplit, split_of, splits_in, taken
 
 # words for the images to adapt on, None: for evaluation only; and for those that the paper reports on
-CIFAR, ALL = ({"train": True}, {"train": False}), (None, {})
+UNSPLIT = "unsplit"                                  # adapted on but for those of `tasks.splits.held_out`
+CIFAR, ALL, EVALUATION = ({"train": True}, {"train": False}), (UNSPLIT, {}), (None, {})
+MEMES = ({"files": ("train",)}, {"files": ("test_seen", "test_unseen")})
 BOTH, TRAINVAL = (({"split": split}, {"split": "test"}) for split in ("train", "trainval"))
 
 
 class Benchmark(NamedTuple):
     opener: str                      # torchvision's class, of (root, **words); "": it has none
     folder: str                      # under --data-root
-    train: dict                      # words, see above
+    train: dict | str | None         # words, see above
     test: dict
     template: str
     shards: tuple = ()               # clip-benchmark's names, without wds_
     source: str = "torchvision"      # who has it today; "": only the shards
 
 
+HUB = "https://huggingface.co/datasets"
 BENCHMARKS = {name: Benchmark(*row) for name, *row in (
     ("imagenet", "", "imagenet", {}, {}, TEMPLATE, ("imagenet1k",),
      "image-net.org, unpacked to train/<class>/ and val/<class>/,"),
@@ -55,9 +61,20 @@ BENCHMARKS = {name: Benchmark(*row) for name, *row in (
     ("dtd", "DTD", "dtd/dtd", *BOTH, "A surface with a {} texture.", ("vtab-dtd",)),
     ("eurosat", "EuroSAT", "eurosat/2750", *ALL, "A centered satellite photo of {}.", ("vtab-eurosat",)),
     ("pcam", "PCAM", "pcam", *BOTH, "This is a photo of {}.", ("vtab-pcam",)),
-    ("hateful-memes", "", "hateful_memes", *ALL, "a {}.", (),
+    ("hateful-memes", "", "hateful_memes", *MEMES, "a {}.", (),
      "hatefulmemeschallenge.com, or kaggle.com/datasets/parthplc/facebook-hateful-meme-dataset"),
-    ("country211", "Country211", "country211", *BOTH, "A photo I took in {}.", ("country211",)))}
+    ("country211", "Country211", "country211", *BOTH, "A photo I took in {}.", ("country211",)),
+    ("tiny-imagenet", "", FOLDERS["tiny-imagenet"][0], {}, {}, TEMPLATE, (),
+     "curl -O http://cs231n.stanford.edu/tiny-imagenet-200.zip && unzip -q tiny-imagenet-200.zip -d DIR"),
+    ("imagenet-r", "", FOLDERS["imagenet-r"][0], *EVALUATION, TEMPLATE, ("imagenet-r",),
+     "curl https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar | tar x -C DIR"),
+    ("imagenet-a", "", FOLDERS["imagenet-a"][0], *EVALUATION, TEMPLATE, ("imagenet-a",),
+     "curl https://people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar | tar x -C DIR"),
+    ("imagenet-sketch", "", FOLDERS["imagenet-sketch"][0], *EVALUATION, TEMPLATE, ("imagenet_sketch",),
+     f"curl -LO {HUB}/songweig/imagenet_sketch/resolve/main/data/ImageNet-Sketch.zip && unzip -q "
+     "ImageNet-Sketch.zip -d DIR"),
+    ("imagenet-v2", "", FOLDERS["imagenet-v2"][0], *EVALUATION, TEMPLATE, ("imagenetv2",),
+     f"curl -L {HUB}/vaishaal/ImageNetV2/resolve/main/imagenetv2-matched-frequency.tar.gz | tar xz -C DIR"))}
 
 # where prompts are not made of class names: rows of what torchvision, CLIP and the paper call a class
 OWN_WORDS = {name: class_rows(f"{name}_classes.txt") for name in ("eurosat", "pcam", "caltech101")}
@@ -97,7 +114,7 @@ def tars_of(path, split):
     if len({*of_tar.values()}) == 1:
         part = of_tar[tars[0]] or split_of(path.name) or "all"
         if split == "train" != part:
-            raise ValueError(f"{path} is not the train split")
+            raise NoSplit(f"{path} is not the train split")
         return path, tars, part
     if None in of_tar.values():
         named = [tar.name for tar in tars if of_tar[tar]]
@@ -133,19 +150,22 @@ def find(name, data_root, split="val"):
     if name == "imagenet" and any(split_of(entry.name) == split and entry.is_dir() for folder in
                                   (root / "imagenet", root) if folder.is_dir() for entry in folder.iterdir()):
         return root, False
-    if name != "imagenet" and (root / benchmark.folder).is_dir():
-        return root / benchmark.folder, False
+    for folder in FOLDERS.get(name, (benchmark.folder,)):
+        if name != "imagenet" and (root / folder).is_dir():
+            return root / folder, False
     names = [f"wds_{shards}{end}" for shards in benchmark.shards for end in ("", "_test")]
     return next(((root / folder, True) for folder in names if (root / folder).is_dir()), None)
 
 
-def how_to_get(name, data_root):
+def how_to_get(name, data_root, split="val"):
     """One line: the commands, or the page, that get a set to where it is looked for under data_root."""
-    opener, _, _, words, _, shards, source = BENCHMARKS[name]
+    opener, _, train, words, _, shards, source = BENCHMARKS[name]
     if source == "torchvision":
+        words = train if split == "train" and isinstance(train, dict) else words
         words = "".join(f", {key}={value!r}" for key, value in words.items())
         call = f"d.{opener}('{data_root}'{words}, download=True)"
         source = f'python -c "import torchvision.datasets as d; {call}"'
+    source = source.replace("DIR", str(data_root))
     hub = [f"hf download clip-benchmark/wds_{called} --repo-type dataset --local-dir {data_root}/wds_{called}"
            for called in shards[:1]]
     return " or: ".join(filter(None, [source, *hub]))
@@ -174,12 +194,13 @@ def _words(name, classes, templates):
         return [known[plain(c)] for c in classes]
     if name == "caltech256":                                                    # 145.motorbikes-101
         classes = [c[4:].removesuffix("-101") for c in classes]
+    if name == "imagenet" or name in FOLDERS:   # shards say "rooster" where the paper says "cock"
+        folders = folders_of(name)
+        agree = sum(clean_class_name(imagenet_class_names()[folder]) == clean_class_name(c)
+                    for folder, c in zip(folders, classes))
+        classes = folders if len(classes) == len(folders) and agree > len(folders) / 2 else classes
     if templates == "openai":
         return openai_names(name, classes)
-    if name == "imagenet":      # shards say "rooster" where the paper says "cock", and "missile" twice
-        paper = list(imagenet_class_names().values())
-        agree = sum(clean_class_name(a) == clean_class_name(b) for a, b in zip(paper, classes))
-        return paper if len(classes) == len(paper) and agree > 500 else classes
     rules = {"aircraft": lambda c: f"Boeing {c}" if c.startswith("7") else c,       # as all published code
              "flowers102": lambda c: c.rstrip("?"),                                 # pink-yellow dahlia?
              "country211": lambda c: country_names().get(c, c)}
@@ -199,22 +220,25 @@ def _samples(dataset):
     return (sorted(pairs) if opener == "SUN397" else pairs) or dataset  # SUN397: in the disk's order
 
 
-def _open_files(name, split, data_root, how, templates):
-    """(images, class names as the files have them) of a set in torchvision's layout. how: the size, resize
-    and interpolation of `Images`."""
-    opener, folder, train, test = BENCHMARKS[name][:4]
+def _open_files(name, split, folder, data_root, how, templates):
+    """(images, class names as the files have them) of a set in torchvision's layout or its own, in folder.
+    how: the size, resize and interpolation of `Images`."""
+    opener, _, train, test = BENCHMARKS[name][:4]
+    words = test if split != "train" or train == UNSPLIT else train
+    if name in FOLDERS:
+        samples, classes = open_imagenet(name, split, folder)
+        return Images(name, samples, *how), classes
     if name == "hateful-memes":
-        folder = Path(data_root) / folder
-        rows = [json.loads(line) for s in ("seen", "unseen") for line in _lines(folder / f"test_{s}.jsonl")]
+        rows = [json.loads(line) for file in words["files"] for line in _lines(folder / f"{file}.jsonl")]
         if not rows:
-            raise FileNotFoundError("no test_seen.jsonl and test_unseen.jsonl")
+            raise FileNotFoundError(f"no {' and '.join(f'{file}.jsonl' for file in words['files'])}")
         samples = [(str(folder / row["img"]), row["label"]) for row in rows]
         return Images(name, samples, *how), ["meme", "hatespeech meme"]
     from torchvision import datasets        # here, as it takes more than a second to import
     opener = getattr(datasets, opener)
     if name == "stl10":         # its checksums would read 2.6 GB that nothing here uses
         opener = type("STL10", (opener,), {"_check_integrity": lambda self: True})
-    dataset = opener(str(data_root), **(train if split == "train" else test))
+    dataset = opener(str(data_root), **words)
     if name in SMALL and how[1] == "none":
         images = torch.from_numpy(np.ascontiguousarray(dataset.data))
         images = images.permute(0, 3, 1, 2).contiguous() if images.shape[3] == 3 else images    # [N,3,H,W]
@@ -226,7 +250,23 @@ def _open_files(name, split, data_root, how, templates):
         others = sorted(Path(dataset.root, "101_ObjectCategories", BACKGROUND).glob("*.jpg"))
         samples = [*((str(file), 0) for file in others), *((file, label + 1) for file, label in samples)]
         classes = [BACKGROUND, *classes]
-    return Images(name, samples, *how), classes
+    images = Images(name, samples, *how)
+    if name == "pcam":          # its labels are in a small file of their own
+        paths = [dataset._base_folder / file for file, *_ in dataset._FILES[dataset._split].values()]
+        with dataset.h5py.File(paths[1]) as file:
+            images.labels, images.containers = np.asarray(file["y"], np.int64).reshape(-1), paths
+    return images, classes
+
+
+def set_of(name):
+    """The name in BENCHMARKS of the set that wds:PATH, by its folder's name, or cache:FILE is of; of others
+    the name itself; "": it is of none."""
+    if name.startswith("wds:"):
+        path = Path(name.removeprefix("wds:"))
+        folder = path.parent if path.name in ("train", "test") else path
+        called = {f"wds_{shards}": known for known, row in BENCHMARKS.items() for shards in row.shards}
+        return called.get(folder.name.removesuffix("_test"), "")
+    return set_in(name.removeprefix("cache:")) if name.startswith("cache:") else name
 
 
 def without_background(shards, classes):
@@ -238,6 +278,15 @@ def without_background(shards, classes):
     return shards.without(number), [*classes[:number], *classes[number + 1:]]
 
 
+def template_of(name, templates, protocol, own=()):
+    """The prompt of a set, or several. own: those that shards have of their own."""
+    template = BENCHMARKS[name].template if name in BENCHMARKS else TEMPLATE
+    if templates == "openai":
+        template = name not in BENCHMARKS and own or openai_templates(name)
+    rules = PROTOCOLS[protocol]
+    return rules.words.get(name, template) if templates == rules.templates else template
+
+
 def load_benchmark(name, split, *, size, data_root=None, templates="paper", resize=None,
                    interpolation="bilinear", protocol=DEFAULT, classes=None):
     """(images, class names, template, source, split) of one of BENCHMARKS, but for ImageNet's folders, or of
@@ -245,41 +294,39 @@ def load_benchmark(name, split, *, size, data_root=None, templates="paper", resi
     `resized`. classes: of `open_shards`. ValueError, in one line: not there (it says how to get it), not
     whole, or without that split."""
     if name.startswith("wds:"):
-        path, are_shards = Path(name.removeprefix("wds:")), True
-        called = {f"wds_{shards}": known for known, row in BENCHMARKS.items() for shards in row.shards}
-        folder = path.parent if path.name in ("train", "test") else path
-        name = called.get(folder.name.removesuffix("_test"), name)
+        path, are_shards, name = Path(name.removeprefix("wds:")), True, set_of(name) or name
     elif data_root is None:
         raise ValueError(f"{name} needs --data-root DIR with {BENCHMARKS[name].folder}/")
     else:
         path, are_shards = find(name, data_root) or (None, False)
-        how = f"get it with: {how_to_get(name, data_root)}"
+        how = f"get it with: {how_to_get(name, data_root, split)}"
     benchmark, own = BENCHMARKS.get(name, Benchmark("", "", {}, {}, TEMPLATE)), []
-    unsplit = path and not are_shards and benchmark.train is None
-    if split not in ("train", "val") or split == "train" and unsplit:
-        raise ValueError(f"{name} is for evaluation only: it has no {split} images")
+    if split not in ("train", "val") or split == "train" and benchmark.train is None:
+        raise NoSplit(f"{name} is for evaluation only: it has no {split} images")
     if path is None:
         folders = " or ".join([benchmark.folder, *(f"wds_{shards}" for shards in benchmark.shards)])
         raise ValueError(f"{name} is not under {data_root} as {folders}; {how}")
-    part = "all" if unsplit and name != "hateful-memes" else split if split == "train" else "test"
+    part = ("all" if benchmark.train in (None, UNSPLIT) else "train" if split == "train" else
+            "val" if name == "tiny-imagenet" else "test")
     resize = resized(protocol, name, size, resize)
     size = SMALL.get(name) if resize == "none" else size
+    how_read = size, resize, interpolation
     if are_shards:
-        images, classes, own, part = open_shards(path, split, size, resize, interpolation, classes)
+        images, classes, own, part = open_shards(path, split, *how_read, classes)
         if name == "caltech101" and templates == "paper":
             images, classes = without_background(images, classes)
     else:
         try:
-            images, classes = _open_files(name, split, data_root, (size, resize, interpolation), templates)
+            images, classes = _open_files(name, split, path, data_root, how_read, templates)
         except Exception as error:      # torchvision's classes raise what the first missing file makes them
             raise ValueError(f"{path} is not whole: {one_line(error)}; {how}") from None
     if not len(images):
         raise ValueError(f"{path} holds no images")
-    source, template = str(path), benchmark.template
-    if are_shards and benchmark.train is None:
+    source, template = str(path), template_of(name, templates, protocol, own)
+    if are_shards and benchmark.train == UNSPLIT and split == "val":
         source += " (clip-benchmark's test split; the paper takes all images)"
-    if templates == "openai":
-        template = name not in BENCHMARKS and own or openai_templates(name)
-    if templates == PROTOCOLS[protocol].templates:
-        template = PROTOCOLS[protocol].words.get(name, template)
+    whole = 200 if name == "tiny-imagenet" else len(folders_of(name))
+    if name in FOLDERS and len(classes) != whole:
+        source += f" ({len(classes)} of its {whole:,} classes)"
+    images.own_names = classes          # of the classes, as the files have them
     return images, _words(name, classes, templates), template, source, part

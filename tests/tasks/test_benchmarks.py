@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import cifar, flowers102
-from writers import (PHOTO, SETS, caltech256, country211, eurosat, flowers, imagenet,
+from writers import (PHOTO, SETS, UNSPLIT, caltech256, country211, eurosat, flowers, imagenet,
                      pcam, pets, pixels, refused, sun397, write, write_shards)
 
 from prompts import clean_class_name, fill, openai_templates
@@ -19,6 +19,7 @@ from tasks.benchmarks import BENCHMARKS, how_to_get, present
 from tasks.class_names import country_names, imagenet_class_names
 from tasks.images import Unreadable
 from tasks.loading import batches
+from tasks.protocols import PROTOCOLS
 from tasks.task import load_task, task_names
 
 
@@ -61,15 +62,17 @@ def test_every_set_in_its_layout(tmp_path, name, monkeypatch):
     else:
         train = load_task(name, "train", size=24, data_root=tmp_path)
         assert len(train.images) == train_count and train.class_names == task.class_names
-        assert all(says(x) == (label % 10, False) for x, label, _ in train.images)
+        # of a set without splits, they are among those evaluated on
+        assert all(says(x) == (label % 10, name in UNSPLIT) for x, label, _ in train.images)
     few = load_task(name, "val", size=24, data_root=tmp_path, limit=2)
     assert [int(few.images[i][2]) for i in range(2)] == [0, count // 2]
     # nothing was written
     assert files(tmp_path) == before
 
 
-def test_the_table_is_the_papers_and_country_211():
-    assert list(SETS) == list(BENCHMARKS) and len(BENCHMARKS) == 17
+def test_the_table_is_the_papers_and_six_more():
+    assert list(SETS) == list(BENCHMARKS) and len(BENCHMARKS) == 16 + 6
+    assert all({*rules.sets} < {*BENCHMARKS} for rules in PROTOCOLS.values())
 
 
 def test_words_of_the_prompts(tmp_path):

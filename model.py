@@ -290,8 +290,9 @@ class ImageEncoder(nn.Module):
     """F_θ, from pixels to features: resize, normalise, patch embedding, blocks, projection.
 
     forward: x fp32 [B, 3, H, W] in [0,1], at the data set's own resolution, or fp32 [B, h·w, 3·p·p] from
-    `patchify` → z fp32 [B, D], not normalised. Everything up to the tokens is fp32, because bf16 rounds a
-    pixel by up to half of 1/255; the blocks run in `dtype`.
+    `patchify` → z fp32 [B, D], not normalised; all_tokens: of the class token and of each patch, fp32
+    [B, 1 + h·w, D]. Everything up to the tokens is fp32, because bf16 rounds a pixel by up to half of 1/255;
+    the blocks run in `dtype`.
 
     prompts: visual prompts, {"border": [1, 3, S, S], "tokens": [L, width]}, either or both; S is the model's
     resolution. The border, zero inside, is added after resize and normalisation and not clipped. The tokens
@@ -342,7 +343,7 @@ class ImageEncoder(nn.Module):
         (h, w), (p, q) = self.visual.grid_size, self.visual.patch_size
         return x.reshape(len(x), 3, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(len(x), h * w, 3 * p * q)
 
-    def forward(self, x):
+    def forward(self, x, all_tokens=False):
         visual, device = self.visual, x.device.type
         with torch.autocast(device, enabled=False):
             if x.ndim == 4 and x.shape[-2:] != visual.image_size:
@@ -361,12 +362,14 @@ class ImageEncoder(nn.Module):
             tokens = visual.ln_pre(tokens)
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             blocks = visual.transformer.resblocks
+            # of the last block's tokens a prompt's are never used
+            count = first.shape[1] + patches.shape[1] if all_tokens else 1
             if self.usual:
-                for block in blocks:            # of the last block only the class token is used
-                    tokens = run_block(block, tokens, 1 if block is blocks[-1] else None)
+                for block in blocks:
+                    tokens = run_block(block, tokens, count if block is blocks[-1] else None)
             else:
                 tokens = visual.transformer(tokens)
-            z = visual.ln_post(tokens[:, 0])
+            z = visual.ln_post(tokens[:, :count] if all_tokens else tokens[:, 0])
             return (z if visual.proj is None else z @ visual.proj).float()
 
 

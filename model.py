@@ -132,6 +132,14 @@ def model_config(name):
     return json.loads(open_clip_lists()[0][name].read_text())
 
 
+def hub_repository(name, pretrained):
+    """ORG/REPO on Hugging Face's hub that a CLIP is from; None: it is from elsewhere."""
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:")
+    found = open_clip_lists()[1].get_pretrained_cfg(name, pretrained or "").get("hf_hub", "")
+    return found.strip("/") or None
+
+
 @functools.cache
 def say_source(name, pretrained):
     """Print, once and in process 0 alone, where open_clip takes weights and some tokenizers from."""

@@ -169,8 +169,9 @@ def tga(encoder, head, logit_scale, alpha=.08, beta=.05):
     attack ascends tecoa's term alone. A: patch features times the true class's text, scaled to [0,1] in each
     image, resampled to its size. All as in the authors' code, which normalises each feature over the image's
     tokens, not each token's features; and norms of whole maps, where AGFT's copy has means over pixels."""
-    if not hasattr(encoder.visual, "grid_size"):
-        raise ValueError("--loss tga needs an image encoder with a token for each patch, which this is not")
+    if not getattr(encoder, "plain", True):
+        raise ValueError("--loss tga needs a vision transformer, whose class token is read, with a token for "
+                         "each patch beside it: this image encoder is none")
     original, attack = copy.deepcopy(encoder), tecoa(encoder, head, logit_scale).inner
 
     def attention(tokens, y):

@@ -57,7 +57,7 @@ def config_beside(path):
     return config
 
 
-def beside(path):
+def said_beside(path):
     """What other files say of weights that lie beside them, as `config_beside` has it: open_clip_config.json;
     or else, of Hugging Face transformers' CLIP, config.json (activation and heads) and
     preprocessor_config.json (mean and std). None: there are no such files."""
@@ -105,7 +105,7 @@ def contradictions(one, other, start=""):
 
 
 def said_otherwise(clip, config):
-    """What `beside` says of preprocessing and a CLIP does not have: {name: value}."""
+    """What `said_beside` says of preprocessing and a CLIP does not have: {name: value}."""
     said, here = (config or {}).get("preprocess_cfg", {}), clip.visual.preprocess_cfg
     # as JSON, which has no tuples
     return {name: said[name] for name in ("mean", "std", "interpolation", "resize_mode")
@@ -189,7 +189,7 @@ def check_pretrained(name, pretrained):
 
 def check_file(name, path):
     """ValueError if what is said beside a file of weights is of another model than `name`."""
-    config = beside(path)
+    config = said_beside(path)
     if name != "toy" and not (config_beside(path) or config and config["preprocess_cfg"]["mean"]):
         say(f"{path} has no {CONFIG} beside it: mean and std are OpenAI's")
     if config is None:
@@ -238,7 +238,7 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
 
     name: an open_clip model, `local-dir:PATH`, `hf-hub:org/repo`, or `toy`. pretrained: an open_clip tag, a
     file (a state dict, alone, as .safetensors or inside open_clip's training checkpoint, or Hugging Face
-    transformers'; mean and std are those said `beside` it, or else OpenAI's), or `none` for random weights,
+    transformers'; mean and std are those `said_beside` it, or else OpenAI's), or `none` for random weights,
     drawn by the seed; of `toy` seed0, seed1, … (pretrained on first use), None: seed<seed>. ValueError if it
     cannot be had, is not a ViT with a class token, or has not the activation of its weights."""
     image_size(name, pretrained)
@@ -274,7 +274,7 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
         raise ValueError(f"--model {name}: its image encoder is not a vision transformer with a class token")
     refuse_openai_weights_without_quickgelu(clip, clip.state_dict(), f"--pretrained {pretrained}", name)
     if file and pretrained:                     # then open_clip knows nothing of it
-        changed = said_otherwise(clip, beside(file))
+        changed = said_otherwise(clip, said_beside(file))
         visual.preprocess_cfg |= changed
         if changed:
             say(f"{file}: {', '.join(f'{name} {value}' for name, value in changed.items())}, as "

@@ -45,7 +45,7 @@ def recipe(checkpoint):
     identity = checkpoint.get("training", {}).get("identity", {})
     return [[f"`--{word.replace('_', '-')}`", escaped(without_place(placeless(word, value)))]
             for word, value in identity.items()
-            if value not in (None, False, "") and word not in ("data_root", "tasks", "eval_steps")]
+            if value is not None and value is not False and word not in ("data_root", "tasks", "eval_steps")]
 
 
 def about_model(args, checkpoint):

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 
 from harness.files import write_json
-from model import (CONFIG, are_openai_weights, beside, check_file, config_beside, from_transformers,
-                   model_config, refuse_damaged, refuse_openai_weights_without_quickgelu, said_otherwise)
+from model import (CONFIG, are_openai_weights, check_file, config_beside, from_transformers, model_config,
+                   refuse_damaged, refuse_openai_weights_without_quickgelu, said_beside, said_otherwise)
 
 FORMAT, KEYS = "tecoa-1", {"model", "pretrained", "text", "config", "visual"}      # of checkpoints of ours
 # Where files of others keep the weights, best first. In the TeCoA authors' own, state_dict is the border.
@@ -283,7 +283,7 @@ def load_visual(clip, checkpoint, path, alpha=1.):
     if said and repr(said) != repr(here):
         raise ValueError(f"{path} was adapted with {said}, and {model} {checkpoint['pretrained']} here has "
                          f"{here}: give the original weights as --pretrained FILE, beside their {CONFIG}")
-    config = beside(path) if checkpoint["format"] != FORMAT else None
+    config = said_beside(path) if checkpoint["format"] != FORMAT else None
     if config:
         check_file(model, path)
     other = said_otherwise(clip, config)

@@ -286,9 +286,9 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
     return clip.requires_grad_(False).eval().to(device), tokenizer
 
 
-# names of transformers' CLIP, and open_clip's; the first of a vision tower alone as well, which has no prefix
-RENAMED = ((r"^(vision_model\.)?(?=embeddings|encoder|pre_layrnorm|post_layernorm)", "visual."),
-           (r"^text_model\.", ""), (r"^visual_projection.weight", "visual.proj"),
+# names of transformers' CLIP, and open_clip's
+RENAMED = ((r"^vision_model\.", "visual."), (r"^text_model\.", ""),
+           (r"^visual_projection.weight", "visual.proj"),
            (r"^text_projection.weight", "text_projection"), (r"embeddings\.patch_embedding", "conv1"),
            (r"embeddings\.class_", "class_"), (r"embeddings\.token_", "token_"),
            (r"embeddings\.position_embedding.weight", "positional_embedding"), ("pre_layrnorm", "ln_pre"),

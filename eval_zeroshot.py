@@ -21,6 +21,7 @@ import torch
 
 from attacks import ATTACKS, AUTOATTACK, attack_list, defined, image_keys, pgd_last, runners_up, slope
 from harness import processes
+from harness.card import write_card
 from harness.checkpoints import export_clip, load_visual, read_checkpoint
 from harness.evaluation import EvaluationRun, choose_examples, load_tasks, phase, progress, settle, shared
 from harness.options import ByModel, Parser, add_shared_options, by_protocol, number, shares
@@ -213,8 +214,8 @@ def make_parser():
     option("--examples", False, action="store_true", result=False, help="draw attacked images (default: no)")
     option("--save-adv", metavar="DIR", result=False, help="keep the attacked images in DIR/<task>/*.npz: x "
            "(uint8), x_adv (fp32), image, label, adversarial (default: no)")
-    option("--export", metavar="DIR", result=False, help="write weights and configuration for open_clip, and "
-           "for --model local-dir:DIR; --tasks none for that alone (default: no)")
+    option("--export", metavar="DIR", result=False, help="write weights, configuration and a model card for "
+           "open_clip, and for --model local-dir:DIR; --tasks none for that alone (default: no)")
     return parser
 
 
@@ -241,6 +242,7 @@ def evaluate_command(parser, args, device, alpha):
             load_visual(clip, checkpoint, args.ckpt, alpha)
         if args.export:
             rank0(lambda: export_clip(clip, args.model, args.export, checkpoint.get("prompts")))
+            rank0(lambda: write_card(args, checkpoint))
         if run and not run.finished:
             run.begin(tokenizer)
     if not run:
@@ -255,7 +257,10 @@ def evaluate_command(parser, args, device, alpha):
         encoder, heads, logit_scale, tasks, options, label="evaluate", protocol=args.protocol, done=run.done,
         keep=run.keep, after=run.after, batch_size=args.batch_size, workers=args.workers)
     pictures = attacked_examples(encoder, heads, logit_scale, tasks, options) if args.examples else ()
-    return run.report(label, results, pictures)
+    found = run.report(label, results, pictures)
+    if args.export:                                     # with this table
+        rank0(lambda: write_card(args, checkpoint, run.out))
+    return found
 
 
 def main():

@@ -20,6 +20,7 @@ from torch import nn
 from kernels.contrastive_loss import contrast
 
 CONFIG, LOCAL_DIR = "open_clip_config.json", "local-dir:"           # open_clip's, beside weights in a file
+PIXELS = "preprocessor_config.json"                                 # likewise, of Hugging Face transformers
 
 
 # open_clip takes two seconds to import: only what computes with a model does it, so that a command line that
@@ -56,6 +57,29 @@ def config_beside(path):
     return config
 
 
+def said_beside(path):
+    """What other files say of weights that lie beside them, as `config_beside` has it: open_clip_config.json;
+    or else, of Hugging Face transformers' CLIP, config.json (activation and heads) and
+    preprocessor_config.json (mean and std). None: there are no such files."""
+    found = []
+    for name in ("config.json", PIXELS):
+        try:
+            said = json.loads(Path(path).with_name(name).read_text())
+        except (OSError, ValueError):
+            said = None
+        found.append(said if isinstance(said, dict) else {})
+    config, pixels = found
+    if config_beside(path) or not str(config.get("model_type")).startswith("clip"):
+        return config_beside(path)
+    vision, text = config.get("vision_config", config), config.get("text_config", {})
+    model = {"quick_gelu": vision.get("hidden_act", "quick_gelu") == "quick_gelu", "vision_cfg": {},
+             "text_cfg": {"heads": text["num_attention_heads"]} if "num_attention_heads" in text else {}}
+    if {"hidden_size", "num_attention_heads"} <= vision.keys():
+        model["vision_cfg"]["head_width"] = vision["hidden_size"] // vision["num_attention_heads"]
+    return {"model_cfg": model, "preprocess_cfg": {"mean": pixels.get("image_mean"),
+                                                   "std": pixels.get("image_std")}}
+
+
 def weights_in(folder):
     """The file of a local-dir: model's weights, as open_clip chooses it. ValueError: none, or several."""
     names = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
@@ -81,7 +105,7 @@ def contradictions(one, other, start=""):
 
 
 def said_otherwise(clip, config):
-    """What `config_beside` says of preprocessing and a CLIP does not have: {name: value}."""
+    """What `said_beside` says of preprocessing and a CLIP does not have: {name: value}."""
     said, here = (config or {}).get("preprocess_cfg", {}), clip.visual.preprocess_cfg
     # as JSON, which has no tuples
     return {name: said[name] for name in ("mean", "std", "interpolation", "resize_mode")
@@ -111,6 +135,14 @@ def model_config(name):
         raise ValueError(f"unknown model {name!r}: expected toy, local-dir:PATH, hf-hub:ORG/REPO or a name "
                          "from open_clip.list_models(), such as ViT-B-32-quickgelu")
     return json.loads(files[name].read_text())
+
+
+def hub_repository(name, pretrained):
+    """ORG/REPO on Hugging Face's hub that a CLIP is from; None: it is from elsewhere."""
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:")
+    found = open_clip_lists()[1].get_pretrained_cfg(name, pretrained or "").get("hf_hub", "")
+    return found.strip("/") or None
 
 
 @functools.cache
@@ -159,18 +191,20 @@ def check_pretrained(name, pretrained):
 
 
 def check_file(name, path):
-    """ValueError if open_clip_config.json beside a file of weights says another model than `name`."""
-    config = config_beside(path)
+    """ValueError if what is said beside a file of weights is of another model than `name`."""
+    config = said_beside(path)
+    if name != "toy" and not (config_beside(path) or config and config["preprocess_cfg"]["mean"]):
+        say(f"{path} has no {CONFIG} beside it: mean and std are OpenAI's")
     if config is None:
-        if name != "toy":
-            say(f"{path} has no {CONFIG} beside it: mean and std are OpenAI's")
         return
     wrong = contradictions(*({"quick_gelu": False} | one
                              for one in (config["model_cfg"], model_config(name))))
     if wrong:
         what = "QuickGELU mismatch: " * any(text.startswith("quick_gelu") for text in wrong)
-        raise ValueError(f"{what}{CONFIG} beside {path} says {', '.join(wrong[:3])}: take --model "
-                         f"{LOCAL_DIR}{Path(path).parent} instead")
+        ours = config_beside(path)
+        raise ValueError(f"{what}{CONFIG if ours else 'config.json'} beside {path} says "
+                         f"{', '.join(wrong[:3])}: take " + (f"--model {LOCAL_DIR}{Path(path).parent} instead"
+                                                             if ours else "a --model that has the same"))
 
 
 def check_tokenizer(name):
@@ -206,10 +240,10 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
     """The frozen CLIP `name` in fp32 on device, and its tokenizer.
 
     name: an open_clip model, `local-dir:PATH`, `hf-hub:org/repo`, or `toy`. pretrained: an open_clip tag, a
-    file (a state dict, alone, as .safetensors or inside open_clip's training checkpoint; mean and std are
-    those of open_clip_config.json beside it, or else OpenAI's), or `none` for random weights, drawn by the
-    seed; of `toy` seed0, seed1, … (pretrained on first use), None: seed<seed>. ValueError if it cannot be
-    had, is not a ViT with a class token, or has not the activation of its weights."""
+    file (a state dict, alone, as .safetensors or inside open_clip's training checkpoint, or Hugging Face
+    transformers'; mean and std are those `said_beside` it, or else OpenAI's), or `none` for random weights,
+    drawn by the seed; of `toy` seed0, seed1, … (pretrained on first use), None: seed<seed>. ValueError if it
+    cannot be had, is not a ViT with a class token, or has not the activation of its weights."""
     image_size(name, pretrained)
     import open_clip
     from open_clip.transformer import VisionTransformer
@@ -223,11 +257,14 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
     file = file if file and os.path.isfile(file) else None
     if file:
         refuse_damaged(file)
+    theirs = weights_of_transformers(file) if file and pretrained else None
     torch.manual_seed(seed)
     logging.disable()                           # open_clip logs what it does
     try:
         tokenizer = open_clip.get_tokenizer(name)
-        clip = open_clip.create_model(name, None if pretrained == "none" else pretrained)
+        clip = open_clip.create_model(name, None if theirs or pretrained == "none" else pretrained)
+        if theirs:
+            clip.load_state_dict(theirs)
     except Exception as error:                  # open_clip raises many kinds, some over many lines
         said = " ".join(str(error).split())[:200] or type(error).__name__
         other = (". A checkpoint of a training run, or an image encoder alone, is given as --ckpt, in "
@@ -240,16 +277,60 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
         raise ValueError(f"--model {name}: its image encoder is not a vision transformer with a class token")
     refuse_openai_weights_without_quickgelu(clip, clip.state_dict(), f"--pretrained {pretrained}", name)
     if file and pretrained:                     # then open_clip knows nothing of it
-        changed = said_otherwise(clip, config_beside(file))
+        changed = said_otherwise(clip, said_beside(file))
         visual.preprocess_cfg |= changed
         if changed:
-            say(f"{file}: {', '.join(f'{name} {value}' for name, value in changed.items())}, as {CONFIG} "
-                "beside it says")
+            say(f"{file}: {', '.join(f'{name} {value}' for name, value in changed.items())}, as "
+                f"{CONFIG if config_beside(file) else PIXELS} beside it says")
     cfg = visual.preprocess_cfg
     if (cfg["interpolation"], cfg["resize_mode"]) != ("bicubic", "shortest"):
         say(f"{name} {pretrained or ''} was trained on images resized otherwise ({cfg['interpolation']}, "
             f"{cfg['resize_mode']}): here as --protocol, --resize and --interpolation say")
     return clip.requires_grad_(False).eval().to(device), tokenizer
+
+
+# names of transformers' CLIP, and open_clip's
+RENAMED = ((r"^vision_model\.", "visual."), (r"^text_model\.", ""),
+           (r"^visual_projection.weight", "visual.proj"),
+           (r"^text_projection.weight", "text_projection"), (r"embeddings\.patch_embedding", "conv1"),
+           (r"embeddings\.class_", "class_"), (r"embeddings\.token_", "token_"),
+           (r"embeddings\.position_embedding.weight", "positional_embedding"), ("pre_layrnorm", "ln_pre"),
+           ("post_layernorm", "ln_post"), ("final_layer_norm", "ln_final"), ("layer_norm", "ln_"),
+           (r"encoder\.layers", "transformer.resblocks"), ("self_attn", "attn"), (r"mlp\.fc1", "mlp.c_fc"),
+           (r"mlp\.fc2", "mlp.c_proj"))
+
+
+def from_transformers(state):
+    """A state dict of Hugging Face transformers' CLIPModel or CLIPVisionModelWithProjection under open_clip's
+    names: q, k, v in one, projections transposed. Others are returned as they are."""
+    known = any(str(name).endswith("pre_layrnorm.weight") for name in state)        # sic
+    if not known or not all(isinstance(name, str) and torch.is_tensor(t) for name, t in state.items()):
+        return state
+    renamed = {}
+    for name, tensor in state.items():
+        if not name.endswith("position_ids"):           # of older versions: 0, 1, 2, …
+            for theirs, ours in RENAMED:
+                name = re.sub(theirs, ours, name)
+            renamed[name] = tensor.T if name in ("visual.proj", "text_projection") else tensor
+    for name in [name for name in renamed if ".q_proj." in name]:
+        parts = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
+        if len({renamed[part].shape if part in renamed else None for part in parts}) == 1:      # as they are
+            renamed[name.replace(".q_proj.", ".in_proj_")] = torch.cat([renamed.pop(part) for part in parts])
+    return renamed
+
+
+def weights_of_transformers(path):
+    """`from_transformers` of the state dict in a file; None: it is another's, or unreadable."""
+    import safetensors.torch
+    try:
+        with open(path, "rb") as file:
+            file.seek(8)
+            safe = file.read(1) == b"{"                 # 8 bytes of length, then JSON
+        state = safetensors.torch.load_file(path) if safe else torch.load(path, "cpu", weights_only=True)
+        found = from_transformers(state)
+    except Exception:                                   # open_clip says of others what is wrong with them
+        return None
+    return None if found is state else found
 
 
 def are_openai_weights(state):
@@ -293,8 +374,9 @@ class ImageEncoder(nn.Module):
     """F_θ, from pixels to features: resize, normalise, patch embedding, blocks, projection.
 
     forward: x fp32 [B, 3, H, W] in [0,1], at the data set's own resolution, or fp32 [B, h·w, 3·p·p] from
-    `patchify` → z fp32 [B, D], not normalised. Everything up to the tokens is fp32, because bf16 rounds a
-    pixel by up to half of 1/255; the blocks run in `dtype`.
+    `patchify` → z fp32 [B, D], not normalised; all_tokens: of the class token and of each patch, fp32
+    [B, 1 + h·w, D]. Everything up to the tokens is fp32, because bf16 rounds a pixel by up to half of 1/255;
+    the blocks run in `dtype`.
 
     prompts: visual prompts, {"border": [1, 3, S, S], "tokens": [L, width]}, either or both; S is the model's
     resolution. The border, zero inside, is added after resize and normalisation and not clipped. The tokens
@@ -345,7 +427,7 @@ class ImageEncoder(nn.Module):
         (h, w), (p, q) = self.visual.grid_size, self.visual.patch_size
         return x.reshape(len(x), 3, h, p, w, q).permute(0, 2, 4, 1, 3, 5).reshape(len(x), h * w, 3 * p * q)
 
-    def forward(self, x):
+    def forward(self, x, all_tokens=False):
         visual, device = self.visual, x.device.type
         with torch.autocast(device, enabled=False):
             if x.ndim == 4 and x.shape[-2:] != visual.image_size:
@@ -365,12 +447,14 @@ class ImageEncoder(nn.Module):
             tokens = visual.ln_pre(tokens)
         with torch.autocast(device, self.dtype, enabled=self.dtype != torch.float32):
             blocks = visual.transformer.resblocks
+            # of the last block's tokens a prompt's are never used
+            count = first.shape[1] + patches.shape[1] if all_tokens else 1
             if self.usual:
-                for block in blocks:            # of the last block only the class token is used
-                    tokens = run_block(block, tokens, 1 if block is blocks[-1] else None)
+                for block in blocks:
+                    tokens = run_block(block, tokens, count if block is blocks[-1] else None)
             else:
                 tokens = visual.transformer(tokens)
-            z = visual.ln_post(tokens[:, 0])
+            z = visual.ln_post(tokens[:, :count] if all_tokens else tokens[:, 0])
             return (z if visual.proj is None else z @ visual.proj).float()
 
 

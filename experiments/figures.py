@@ -11,7 +11,8 @@ from losses import LOSSES
 from tasks.sampling import labels_of
 
 COLOURS = {"CLIP": "tab:gray", "tecoa": "tab:blue", "ce": "tab:orange", "ce, tuned": "moccasin",
-           "coadv": "tab:red", "imgcoadv": "tab:purple", "fare": "tab:green", "pmg": "tab:brown"}
+           "coadv": "tab:red", "imgcoadv": "tab:purple", "fare": "tab:green", "pmg": "tab:brown",
+           "agft": "tab:pink", "tga": "tab:cyan"}
 OTHER_COLOUR = "tab:olive"
 PROMPTS = " --adapt image-prompt,token-prompt"
 ATTACKS = {"pgd": "PGD", "cw": "CW", "apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "square": "Square"}

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 
 from harness.files import write_json
-from model import (CONFIG, are_openai_weights, check_file, config_beside, model_config, refuse_damaged,
-                   refuse_openai_weights_without_quickgelu, said_otherwise)
+from model import (CONFIG, are_openai_weights, check_file, config_beside, from_transformers, model_config,
+                   refuse_damaged, refuse_openai_weights_without_quickgelu, said_beside, said_otherwise)
 
 FORMAT, KEYS = "tecoa-1", {"model", "pretrained", "text", "config", "visual"}      # of checkpoints of ours
 # Where files of others keep the weights, best first. In the TeCoA authors' own, state_dict is the border.
@@ -251,7 +251,11 @@ def read_checkpoint(path, model=None):
     if content.get("format") == FORMAT and content.keys() >= KEYS:
         check_ours(content, path)
         return content
-    weights, prompts = weights_and_prompts(content, path)
+    state = from_transformers(content)
+    if state is not content and "visual.proj" not in state:
+        raise unknown(path, "it is a CLIPVisionModel of transformers', without the projection that goes with "
+                      "it: save its CLIPVisionModelWithProjection")
+    weights, prompts = weights_and_prompts(state, path)
     visual, text = ({name: t for name, t in weights.items() if name.startswith("visual.") == wanted}
                     for wanted in (True, False))
     kind = "full" if text else "visual" if visual else "prompts"
@@ -280,14 +284,15 @@ def load_visual(clip, checkpoint, path, alpha=1.):
     if said and repr(said) != repr(here):
         raise ValueError(f"{path} was adapted with {said}, and {model} {checkpoint['pretrained']} here has "
                          f"{here}: give the original weights as --pretrained FILE, beside their {CONFIG}")
-    config = config_beside(path) if checkpoint["format"] != FORMAT else None
+    config = said_beside(path) if checkpoint["format"] != FORMAT else None
     if config:
         check_file(model, path)
     other = said_otherwise(clip, config)
     if {"mean", "std"} & {*other}:
-        raise ValueError(f"{CONFIG} beside {path} says {other}, which is not the normalisation of {model} "
-                         f"{checkpoint['pretrained'] or ''} here: a whole CLIP is taken with its own by "
-                         f"--model local-dir:{Path(path).parent}, without --ckpt or --init")
+        own = f"--model local-dir:{Path(path).parent}" if config_beside(path) else f"--pretrained {path}"
+        raise ValueError(f"the configuration beside {path} says {other}, which is not the normalisation of "
+                         f"{model} {checkpoint['pretrained'] or ''} here: a whole CLIP is taken with its own "
+                         f"by {own}, without --ckpt or --init")
     refuse_openai_weights_without_quickgelu(clip, text, path, model)
     current = {name: t.shape for name, t in clip.state_dict().items() if text or name.startswith("visual.")}
     names = {name.removeprefix("text."): name for name in current}          # text.*: some of open_clip's

@@ -20,7 +20,7 @@ import kernels
 from harness.files import sha256
 from harness.processes import RANK, has_bf16
 from harness.trackers import tracker_names
-from model import ADAPTATIONS, CONFIG, LOCAL_DIR, image_size, weights_in
+from model import ADAPTATIONS, CONFIG, LOCAL_DIR, PIXELS, image_size, weights_in
 from tasks.class_names import own_words
 from tasks.images import printable
 from tasks.protocols import DEFAULT, PROTOCOLS, resized
@@ -138,10 +138,10 @@ def is_local(value):
 
 def digests(path, word):
     """The sha256 of a file, or of the weights in local-dir:PATH; then, where it decides of a model's weights,
-    that of the open_clip_config.json beside them: a list."""
+    that of the file beside them that says mean and std: a list."""
     path = weights_in(path.removeprefix(LOCAL_DIR)) if is_local(path) else Path(path)
-    config = path.with_name(CONFIG)
-    read = word in ("model", "pretrained") and config.is_file()
+    config = next((file for file in map(path.with_name, (CONFIG, PIXELS)) if file.is_file()), None)
+    read = word in ("model", "pretrained") and config
     return [sha256(path), *([sha256(config)] if read else [])]
 
 

@@ -98,7 +98,7 @@ def test_all_figures_of_two_seeds_and_nothing_twice(command, tmp_path):
     assert "with a warning: 8 of 72, the first: CLIP, seed 0, scans: odd." in text
     assert "ε = 6, 11, 16/255" in text
     trained = [m for m in made if m.startswith("train")]
-    assert len(trained) == len({*trained}) == 2 * 25 and len({*made}) == len(made)
+    assert len(trained) == len({*trained}) == 2 * 29 and len({*made}) == len(made)
     assert sum("--interpolate" in m for m in made) == 2 * 3
     for words in (["fig7", "losses", "stronger", "--seeds", "0,1"], ["fig4", "--seeds", 1]):
         assert command(*words)[1] == []

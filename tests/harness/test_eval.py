@@ -53,7 +53,8 @@ def rightly(toy, count=40):
 # ------------------------------------------------------------------------------ attacks in turn
 def test_attack_lists_and_what_is_defined_for_few_classes():
     assert attack_list("pgd,square,pgd") == ["pgd", "square"]
-    assert attack_list("cw,autoattack") == ["cw", "apgd-ce", "apgd-t", "square"]
+    assert attack_list("cw,autoattack") == ["cw", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert attack_list("autoattack-fast,pgd") == ["apgd-ce", "apgd-t", "square", "pgd"]
     with pytest.raises(ValueError, match="--attack fgsm: expected a comma list"):
         attack_list("pgd,fgsm")
     assert attack_list("cw", last_iterate=True) == ["cw"]
@@ -61,8 +62,8 @@ def test_attack_lists_and_what_is_defined_for_few_classes():
         attack_list("pgd,cw", last_iterate=True)
     names = attack_list("autoattack")
     assert defined(names, 4) == names
-    assert defined(names, 3) == ["apgd-ce", "apgd-dlr", "square"]
-    assert defined(names, 2) == ["apgd-ce", "square"]
+    assert defined(names, 3) == ["apgd-ce", "apgd-dlr", "fab-t", "square"]
+    assert defined(names, 2) == ["apgd-ce", "fab-t", "square"]
     assert defined(["apgd-dlr"], 2) == ["apgd-ce"] and defined(["apgd-dlr"], 3) == ["apgd-dlr"]
 
 
@@ -70,7 +71,7 @@ def test_each_attack_sees_only_what_the_ones_before_left_standing(toy):
     encoder, head, scale, _ = toy
     x, y, index = rightly(toy)
     options = {"eps": 5 / 255, "steps": 4, "step_size": 1 / 255, "norm": "linf", "queries": 30}
-    standing, names = torch.ones(len(y), dtype=torch.bool), ["pgd", "apgd-ce", "apgd-t", "square"]
+    standing, names = torch.ones(len(y), dtype=torch.bool), ["pgd", "apgd-ce", "apgd-t", "fab-t", "square"]
     x_adv, predicted, by, at, passes, *_ = run_attacks(
         encoder, head, scale, x, y, index, names=names, **options)
     spent = torch.zeros(len(y), dtype=torch.int64)
@@ -84,7 +85,7 @@ def test_each_attack_sees_only_what_the_ones_before_left_standing(toy):
         assert torch.equal(at[fallen], when[alone >= 0])
         standing[fallen] = False
     assert torch.equal(standing, by < 0) and 0 < standing.sum() < len(y) and torch.equal(passes, spent)
-    full = 5 + 5 + 9 * 5 + 30
+    full = 5 + 5 + 9 * 5 + 9 * 9 + 30
     assert (passes[standing] == full).all() and (passes[by == 0] <= 5).all() and passes[by == 0].min() < 5
     assert torch.equal(contrast(encoder(x_adv), head, y, scale)[1], predicted)
     assert torch.equal(predicted == y, standing)
@@ -139,7 +140,7 @@ def test_autoattack_on_two_and_three_classes(toy, classes):
     options = PGD | {"names": attack_list("autoattack"), "steps": 5, "queries": 20}
     row = evaluate_tasks(encoder, {task.name: head[:classes]}, scale, [few], options, label="",
                          batch_size=64)["tasks"]["colours"]
-    assert row["attacks"] == (["apgd-ce", "square"] if classes == 2 else ["apgd-ce", "apgd-dlr", "square"])
+    assert row["attacks"] == ["apgd-ce", *["apgd-dlr"] * (classes == 3), "fab-t", "square"]
     assert row["n"] == len(few.images)
     assert sum(row["broken_by"].values()) + row["standing"] == row["right"] > 5
 
@@ -183,7 +184,8 @@ class Rounded:
         return self.encoder(x) * (1 if self.dtype == torch.float32 else -1)
 
 
-@pytest.mark.parametrize("name,passes", [("pgd", 4), ("apgd-ce", 4), ("apgd-t", 9 * 4), ("square", 6)])
+@pytest.mark.parametrize("name,passes", [("pgd", 4), ("apgd-ce", 4), ("apgd-t", 9 * 4),
+                                         ("fab-t", 9 * 7), ("square", 6)])
 def test_what_is_wrong_in_bf16_alone_does_not_count(toy, name, passes):
     """The attack goes on to its end: the verdict is of fp32, when clean, at each iterate, and at last."""
     encoder, head, scale, task = toy

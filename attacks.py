@@ -408,7 +408,8 @@ ATTACKS = {"pgd": Attack("PGD", pgd_any, log_odds, ("steps", "step_size")),
            "apgd-ce": Attack("APGD-CE", apgd, log_odds),           # cross-entropy is their softplus
            "apgd-dlr": Attack("APGD-DLR", apgd, dlr),
            "apgd-t": Attack("APGD-T", apgd, lambda logits, y: dlr(logits, *y.unbind(1)), targeted=True),
-           "fab-t": Attack("FAB-T", fab, lambda logits, y: lead(logits, *y.unbind(1)), ("steps",), True, 2),
+           "fab-t": Attack("FAB-T", fab, lambda logits, y: lead(logits, *y.unbind(1)), targeted=True,
+                           forwards=2),
            "square": Attack("Square", square, margin, ("queries",))}
 ENSEMBLES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"),        # `standard` of Croce & Hein 2020
              "autoattack-fast": ("apgd-ce", "apgd-t", "square")}            # without FAB-T

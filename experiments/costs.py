@@ -365,6 +365,7 @@ def evaluation_table(report, name, device, images, classes, seconds):
                 loss = contrastive_log_odds(encoder(leaf), head, y, LOGIT_SCALE).sum()
                 if back:
                     torch.autograd.grad(loss, leaf)
+
     def whole(attack, last):
         targets = min(TARGETS, classes - 1) if ATTACKS[attack].targeted else 1
         return targets * (1 + ATTACKS[attack].forwards * last)

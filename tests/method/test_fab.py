@@ -94,7 +94,7 @@ def test_by_hand_between_two_classes_of_a_linear_model():
     assert fab(objective, x, torch.tensor([1]), eps=.1, steps=3, targets=target - 1)[1].item() == 0
 
 
-def fab_of_the_paper(net, x, y, target, steps, norm):
+def fab_of_the_paper(net, x, y, target, steps, norm, start=None):
     """Croce & Hein 2020, algorithm 1, on one image, towards one target: all points looked at, with the
     distance of those that are misclassified, others inf."""
     def project(point, w, rise):
@@ -113,8 +113,8 @@ def fab_of_the_paper(net, x, y, target, steps, norm):
 
     def wrong(point):
         return net(torch.tensor(point).view(1, *x.shape)).argmax() != y
-    origin = x.flatten().numpy()
-    here, seen = origin, []
+    origin, seen = x.flatten().numpy(), []
+    here = origin if start is None else start.flatten().numpy()
     for _ in range(steps):
         leaf = torch.tensor(here).requires_grad_()
         logits = net(leaf.view(1, *x.shape))[0]
@@ -161,13 +161,21 @@ def test_fab_is_the_algorithm_of_the_paper(norm):
         assert when == at[k] and torch.allclose(pixels[0], x_adv[k], rtol=0, atol=1e-11)
 
 
-def test_a_random_start_lies_within_half_of_eps():
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_random_start_lies_within_half_of_eps_and_steps_are_biased_towards_x(norm):
+    """From there plane and x are as far from each other as from the start: the bias is at its most."""
     net, trace, (x, keys) = network(), [], some_images(4)
-    y = net(x).argmax(1)
-    for norm in ("linf", "l2"):
-        fab(objective_of(net, trace), x, y, eps=.01, steps=1, norm=norm, keys=keys,
-            targets=runners_up(net(x), y, 1))
-        assert torch.allclose(trace[-3], random_start(x, .005, norm, keys)) and (trace[-3] != x).any()
+    y, eps = net(x).argmax(1), .01 if norm == "linf" else .1
+    targets, start = runners_up(net(x), y, 1), random_start(x, eps / 2, norm, keys)
+    fab(objective_of(net, trace), x, y, eps=eps, steps=1, norm=norm, keys=keys, targets=targets)
+    assert torch.allclose(trace[0], start) and (start != x).any() and len(trace) == 3
+    for k in range(4):
+        ((expected, _),) = fab_of_the_paper(net, x[k], y[k], targets[k, 0], 1, norm, start[k])
+        assert torch.allclose(trace[2][k].flatten(), torch.tensor(expected), rtol=0, atol=1e-8)
+    # without a gradient there is no plane: a tenth of the way to x
+    flat = objective_of(lambda images: 0 * net(images), trace)
+    fab(flat, x, 0 * y, eps=eps, steps=1, norm=norm, keys=keys, targets=targets)
+    assert torch.allclose(trace[-1], .9 * start + .1 * x)
 
 
 # ------------------------------------------------------------------------------ among the others
@@ -210,7 +218,7 @@ def test_only_restarts_start_at_random(monkeypatch):
     assert torch.equal(torch.cat(starts[3:]), torch.cat([image_keys(0, k, torch.arange(3)) for k in (1, 2)]))
 
 
-def test_in_bf16_the_judge_is_asked_only_within_eps():
+def test_in_bf16_the_judge_has_the_last_word_and_is_asked_only_within_eps():
     """A misclassified iterate further away decides nothing but where the attack goes on."""
     head, x = torch.eye(10), torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     y, asked = predict(features, head, 10., x), []
@@ -222,3 +230,7 @@ def test_in_bf16_the_judge_is_asked_only_within_eps():
     _, _, by, *_ = run_attacks(features, head, 10., x, y, torch.arange(6), eps=.02, **options)
     away = [min(float((one - image).abs().max()) for image in x) for one in torch.cat(asked)]
     assert .001 < max(away) <= .02 and 0 < (by >= 0).sum() < 6
+    # what calls every image wrong breaks none, and each attack goes on to its end
+    _, _, by, _, passes, *_ = run_attacks(lambda x: -features(x), head, 10., x, y, torch.arange(6), eps=.002,
+                                          **options)
+    assert (by == -1).all() and (passes == 9 * 19).all()

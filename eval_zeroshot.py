@@ -97,8 +97,7 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
                 if not len(some := some[broken_by[some] < 0]):
                     continue
                 towards = {"targets": aims[some]} if aims.shape[1] else {}
-                at_x = name == "fab-t" and restart == 0             # as AutoAttack has it
-                keys = None if at_x else image_keys(seed, restart, index[some])
+                keys = None if name == "fab-t" and not restart else image_keys(seed, restart, index[some])
                 found, step = search(x[some], y[some], keys=keys, **towards)
                 # what breaks an image has to break it in this batch too, or else the attacks go on
                 seen = predict(judge, head, logit_scale, found)
@@ -107,8 +106,8 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
                 step = torch.where(seen == y[some], -1, step.clamp(min=0))
                 x_adv[some], predicted[some], at[some] = found, seen, step
                 broken_by[some] = torch.where(step < 0, -1, k)
-                passes = 1 + attack.forwards * torch.where(step < 0, last, step)
-                forward_passes[some] += max(1, aims.shape[1]) * passes
+                spent = 1 + attack.forwards * torch.where(step < 0, last, step)
+                forward_passes[some] += spent * max(1, aims.shape[1])
             stands = (broken_by < 0).nonzero().squeeze(1)
     return x_adv, predicted, broken_by, at, forward_passes, zero, uphill
 

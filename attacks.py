@@ -285,7 +285,7 @@ def to_plane(x, grad, rise, norm, rounds=10):
     Newton step on a concave function of one number, piecewise linear."""
     grad, rise = grad * rise.sign(), rise.abs()
     speed = torch.ones_like(grad) if norm == "linf" else grad.abs()
-    room = torch.where(grad > 0, 1 - x, x) * (grad != 0)
+    room = torch.where(grad > 0, 1 - x, x)
     # what a pixel gives to grad·δ at the range's end, and before it for a unit of length
     full, slope_of, free = grad.abs() * room, grad.abs() * speed, room > 0
     for _ in range(rounds):

@@ -19,7 +19,7 @@ if __name__ == "__main__":              # before PyTorch is imported
     spin_less()
 import torch
 
-from attacks import ATTACKS, AUTOATTACK, attack_list, defined, image_keys, pgd_last, runners_up, slope
+from attacks import ATTACKS, ENSEMBLES, attack_list, defined, image_keys, pgd_last, runners_up, slope
 from harness import processes
 from harness.card import write_card
 from harness.checkpoints import export_clip, load_visual, read_checkpoint
@@ -44,9 +44,10 @@ PROBED, PROBE = 50, {"names": ["square"], "queries": 100, "restarts": 1, "last_i
 def protocol(options):
     """What was run, in words. options: of `run_attacks`."""
     words = [f"{ATTACKS[name].title}-{options[ATTACKS[name].options[0]]}" for name in options["names"]]
-    standard = {"names": [*AUTOATTACK], "steps": 100, "queries": 5000, "restarts": 1}
-    known = "AutoAttack standard (2020) without FAB-T: " * (standard.items() <= options.items())
-    return (known + ", ".join(words)
+    standard = {"steps": 100, "queries": 5000, "restarts": 1}.items() <= options.items()
+    known = [f"AutoAttack standard (2020){' without FAB-T' * (word == 'autoattack-fast')}: "
+             for word, names in ENSEMBLES.items() if standard and [*names] == options["names"]]
+    return ("".join(known) + ", ".join(words)
             + f"; {ball(**options)}; {options['restarts']} random start(s); "
             f"robust = right at {'the last' if options['last_iterate'] else 'every'} iterate of every attack")
 
@@ -61,7 +62,7 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
     that was misclassified, or else the last attack's best; predicted int64 [B], what it is taken for, −1:
     NaN; broken_by int64 [B], by which attack, −1: it stands; at int64 [B], at which of its iterates;
     forward_passes [B]; zero, uphill bool [B]: `slope`."""
-    def objective(x, y, loss, net=encoder):
+    def objective(x, y, loss, net=encoder, sure=None):
         if loss is log_odds:                            # fused, on a GPU
             losses, best = contrast(net(x), head, y, logit_scale)
         else:
@@ -69,9 +70,10 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
             losses, best = loss(logits, y), logits.argmax(1)
         label = y if y.ndim == 1 else y[:, 0]
         wrong = best != label
-        if judge is not encoder and wrong.any():        # in bf16: where fp32 is right the attack goes on
-            some = wrong.nonzero().squeeze(1)
-            wrong[some] = predict(judge, head, logit_scale, x[some]) != label[some]
+        if judge is not encoder:                        # in bf16: where fp32 is right the attack goes on
+            some = (wrong if sure is None else wrong & sure).nonzero().squeeze(1)
+            if len(some):
+                wrong[some] = predict(judge, head, logit_scale, x[some]) != label[some]
         return losses, wrong
 
     judge, x = judge or judging(encoder), to_float(x)
@@ -80,7 +82,7 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
     zero, uphill = torch.zeros_like(y).bool(), torch.ones_like(y).bool()
     for k, (name, attack) in enumerate((name, ATTACKS[name]) for name in names if len(stands)):
         ascended, targets = partial(objective, loss=attack.loss), y.new_zeros(len(y), 0)
-        if name == "apgd-t":
+        if attack.targeted:
             targets = y.new_zeros(len(y), min(TARGETS, len(head) - 1))
             with torch.no_grad():
                 clean = cosine_logits(judge(x[stands]), head, logit_scale)
@@ -90,14 +92,15 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
             zero, uphill = slope(ascended, x, labels, eps, norm, judged=partial(ascended, net=judge))
         search = partial(pgd_last if last_iterate else attack.search, ascended, eps=eps, norm=norm,
                          **{word: options[word] for word in attack.options})
-        rows, whole = max(1, targets.shape[1]), options[attack.options[0]] + (name != "square")
+        rows, last = max(1, targets.shape[1]), options[attack.options[0]] - (name == "square")
         for restart in range(restarts):
             todo = [(some, targets) for some in stands.split(-(-len(x) // rows))]   # a batch of rows
             for some, aims in todo:
                 if not len(some := some[broken_by[some] < 0]):
                     continue
                 towards = {"targets": aims[some]} if aims.shape[1] else {}
-                found, step = search(x[some], y[some], keys=image_keys(seed, restart, index[some]), **towards)
+                keys = None if name == "fab-t" and not restart else image_keys(seed, restart, index[some])
+                found, step = search(x[some], y[some], keys=keys, **towards)
                 # what breaks an image has to break it in this batch too, or else the attacks go on
                 seen = predict(judge, head, logit_scale, found)
                 if aims.shape[1] > 1:
@@ -105,7 +108,8 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
                 step = torch.where(seen == y[some], -1, step.clamp(min=0))
                 x_adv[some], predicted[some], at[some] = found, seen, step
                 broken_by[some] = torch.where(step < 0, -1, k)
-                forward_passes[some] += max(1, aims.shape[1]) * torch.where(step < 0, whole, step + 1)
+                spent = 1 + attack.forwards * torch.where(step < 0, last, step)
+                forward_passes[some] += spent * max(1, aims.shape[1])
             stands = (broken_by < 0).nonzero().squeeze(1)
     return x_adv, predicted, broken_by, at, forward_passes, zero, uphill
 
@@ -200,8 +204,9 @@ def make_parser():
     option = partial(parser.option, parser.add_argument_group("evaluation"))
     option("--ckpt", metavar="FILE", path=True, help="a checkpoint, ours or a published one "
            "(docs/checkpoints.md); default: the plain CLIP")
-    option("--attack", by_protocol("attack"), help=f"a comma list of {', '.join(ATTACKS)} and autoattack (= "
-           f"{','.join(AUTOATTACK)}), each on the images that still stand (default: the protocol's, pgd)")
+    option("--attack", by_protocol("attack"), help=f"a comma list of {', '.join(ATTACKS)}, "
+           f"autoattack (= {','.join(ENSEMBLES['autoattack'])}), autoattack-fast (without fab-t), each on "
+           "the images that still stand (default: the protocol's, pgd)")
     option("--queries", ByModel(5000, 500), type=number(int, 1), help="of Square")
     option("--restarts", 1, type=number(int, 1), help="random starts of each attack")
     option("--last-iterate", False, action="store_true", help="judge PGD or CW by its last iterate alone, as "

@@ -12,7 +12,7 @@ import traceback
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import kernels
-from attacks import AUTOATTACK, image_keys, pgd
+from attacks import ATTACKS, ENSEMBLES, image_keys, pgd
 from eval_zeroshot import TARGETS, run_attacks
 from experiments import whole_numbers
 from experiments.measure import Bytes, gflop, measure, without_data
@@ -347,7 +347,8 @@ def in_turn_table(report, name, seconds, batch=16, prompts=100):
 def evaluation_table(report, name, device, images, classes, seconds):
     """Each attack of AutoAttack on random images and weights: eps 0 breaks none, so that all
     of its passes are made, and 64/255 breaks what it can. Beside it as many bare forwards and input gradients
-    (Square: forwards). 11 queries or iterates: a pass costs the same at any number."""
+    (Square: forwards; FAB-T: every other one). 11 queries or iterates: a pass costs the same at any number.
+    Below it the forward passes of the whole for an image that stands."""
     clip, _ = load_clip(name, "none", device)
     encoder, steps = ImageEncoder(clip), 10
     freeze(encoder)
@@ -364,16 +365,24 @@ def evaluation_table(report, name, device, images, classes, seconds):
                 loss = contrastive_log_odds(encoder(leaf), head, y, LOGIT_SCALE).sum()
                 if back:
                     torch.autograd.grad(loss, leaf)
+
+    def whole(attack, last):
+        targets = min(TARGETS, classes - 1) if ATTACKS[attack].targeted else 1
+        return targets * (1 + ATTACKS[attack].forwards * last)
     passing = {back: median(measure(partial(bare, 1, back), device, seconds)[0]) for back in (False, True)}
-    for attack, norm, eps in product(AUTOATTACK, ("linf", "l2"), (0, 64)):
+    backs = {"square": [False], "fab-t": [False, True]}
+    for attack, norm, eps in product(ENSEMBLES["autoattack"], ("linf", "l2"), (0, 64)):
         def call(attack=attack, norm=norm, eps=eps):
             return run_attacks(encoder, head, LOGIT_SCALE, x, y, index, names=[attack], eps=eps / 255,
                                norm=norm, steps=steps, queries=steps + 1, step_size=eps / 1020)
         passes = call()[4].double().mean().item()
-        full = (steps + 1) * (min(TARGETS, classes - 1) if attack == "apgd-t" else 1)
         times, _ = measure(call, device, seconds)
-        report.row(attack, norm, eps, passes, full, spread(times),
-                   median(times) / (passes * passing[attack != "square"]))
+        report.row(attack, norm, eps, passes, whole(attack, steps), spread(times),
+                   median(times) / (passes * fmean(passing[back] for back in backs.get(attack, [True]))))
+    passes = {attack: whole(attack, 4999 if attack == "square" else 100)
+              for attack in ENSEMBLES["autoattack"]}
+    report("", f"AutoAttack's `standard`, of an image that stands: {sum(passes.values()):,} forward passes: "
+           + ", ".join(f"{attack} {n:,}" for attack, n in passes.items()) + ".")
 
 
 def data_table(report, workers, count=400):

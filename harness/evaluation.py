@@ -177,7 +177,7 @@ class EvaluationRun:
         """In words, in a list, that a CLIP that was never made robust looks robust; or []."""
         args = self.args
         named = args.pretrained not in (None, "none") and not Path(args.pretrained).is_file()
-        strong = "apgd" in args.attack or "autoattack" in args.attack
+        strong = any(word in args.attack for word in ("apgd", "fab", "autoattack"))
         large = args.norm == "linf" and args.eps >= ByModel(1, 11)(args)
         shown = named and not args.ckpt and strong and large and (robust or 0) > 10
         return [f"{robust:.1f} % robust for a CLIP that was never made robust: nearly 0 is expected, so the "

@@ -301,7 +301,7 @@ def doubts(args):
 
 
 # options that change nothing but for one of these attacks
-USED_WITH = {"queries": ("square", "autoattack"), "step_size": ("pgd", "cw")}
+USED_WITH = {"queries": ("square", "autoattack", "autoattack-fast"), "step_size": ("pgd", "cw")}
 
 
 def unused(parser, args, known):

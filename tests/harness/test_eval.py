@@ -53,7 +53,8 @@ def rightly(toy, count=40):
 # ------------------------------------------------------------------------------ attacks in turn
 def test_attack_lists_and_what_is_defined_for_few_classes():
     assert attack_list("pgd,square,pgd") == ["pgd", "square"]
-    assert attack_list("cw,autoattack") == ["cw", "apgd-ce", "apgd-t", "square"]
+    assert attack_list("cw,autoattack") == ["cw", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert attack_list("autoattack-fast,pgd") == ["apgd-ce", "apgd-t", "square", "pgd"]
     with pytest.raises(ValueError, match="--attack fgsm: expected a comma list"):
         attack_list("pgd,fgsm")
     assert attack_list("cw", last_iterate=True) == ["cw"]
@@ -61,8 +62,8 @@ def test_attack_lists_and_what_is_defined_for_few_classes():
         attack_list("pgd,cw", last_iterate=True)
     names = attack_list("autoattack")
     assert defined(names, 4) == names
-    assert defined(names, 3) == ["apgd-ce", "apgd-dlr", "square"]
-    assert defined(names, 2) == ["apgd-ce", "square"]
+    assert defined(names, 3) == ["apgd-ce", "apgd-dlr", "fab-t", "square"]
+    assert defined(names, 2) == ["apgd-ce", "fab-t", "square"]
     assert defined(["apgd-dlr"], 2) == ["apgd-ce"] and defined(["apgd-dlr"], 3) == ["apgd-dlr"]
 
 
@@ -139,7 +140,7 @@ def test_autoattack_on_two_and_three_classes(toy, classes):
     options = PGD | {"names": attack_list("autoattack"), "steps": 5, "queries": 20}
     row = evaluate_tasks(encoder, {task.name: head[:classes]}, scale, [few], options, label="",
                          batch_size=64)["tasks"]["colours"]
-    assert row["attacks"] == (["apgd-ce", "square"] if classes == 2 else ["apgd-ce", "apgd-dlr", "square"])
+    assert row["attacks"] == ["apgd-ce", *["apgd-dlr"] * (classes == 3), "fab-t", "square"]
     assert row["n"] == len(few.images)
     assert sum(row["broken_by"].values()) + row["standing"] == row["right"] > 5
 

@@ -25,9 +25,8 @@ def main():
     command.add_argument("--data-root", metavar="DIR", help="the folder with ImageNet's train/ and val/")
     command.add_argument("--out", required=True, metavar="FILE", help="to write; beside it, FILE.index.npz")
     command.add_argument("--size", type=number(int, 1), default=224, help="in pixels (default: %(default)s)")
-    command.add_argument("--resize", type=resizing, metavar="N|none", help="of the shorter side, before the "
-                         "centre is cropped (default: 256/224 of --size); none: images that are all of one "
-                         "size stay as they are")
+    command.add_argument("--resize", type=resizing, metavar="N|none|squash|longest", help="as of "
+                         "training and evaluation (default: 256/224 of --size)")
     command.add_argument("--workers", type=number(int, 0), default=os.cpu_count() or 1,
                          help="processes that decode (default: one per core, %(default)s)")
     command = commands.add_parser("verify", help="compare the images in a cache with their checksums")

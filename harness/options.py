@@ -20,7 +20,8 @@ import kernels
 from harness.files import sha256
 from harness.processes import RANK, has_bf16
 from harness.trackers import tracker_names
-from model import ADAPTATIONS, CONFIG, LOCAL_DIR, image_size, weights_in
+from model import (ADAPTATIONS, CONFIG, LOCAL_DIR, image_size, model_config, own_resize, plain_vit,
+                   weights_in)
 from tasks.class_names import own_words
 from tasks.images import printable
 
@@ -219,8 +220,8 @@ def cadence(text):
 
 
 def resizing(text):
-    """A number of pixels, or none: images as they are."""
-    return text if text == "none" else number(int, 1, most=2**14)(text)
+    """A number of pixels, or a way of `to_pixels`."""
+    return text if text in ("none", "squash", "longest") else number(int, 1, most=2**14)(text)
 
 
 def adaptation(text):
@@ -296,13 +297,18 @@ def default_dtype(args, training):
 def data_options(args, names):
     """What `load_task` is told of the sets `names` of one command. ValueError."""
     return {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit,
-            "resize": args.resize, "words": own_words(names, args.class_names, args.template)}
+            "resize": args.resize or own_resize(args.model, args.pretrained),
+            "words": own_words(names, args.class_names, args.template)}
 
 
 def add_shared_options(parser, *, training):
     """Add the options that both stages have, with the defaults of this stage."""
     def on_gpu(args):
         return args.device.startswith("cuda")
+
+    def plain(args):
+        image_size(args.model, args.pretrained)         # ValueError: no such model
+        return plain_vit(model_config(args.model)["vision_cfg"])
     option = partial(parser.option, parser.add_argument_group("model"))
     option("--model", lambda args: "toy", help="an open_clip name, local-dir:PATH, hf-hub:ORG/REPO, or toy "
            "(default: toy)")
@@ -320,9 +326,10 @@ def add_shared_options(parser, *, training):
     option("--template", metavar="TEXT|FILE", path=True, help="prompt of a folder, shards or cache, {} for "
            "the class name; a file has one a line, of which the average is taken (default: This is a photo "
            "of a {})")
-    option("--resize", type=resizing, metavar="N|none", help="of the shorter side of images in files, before "
-           "the centre is cropped (default: 256/224 of the model's resolution); none: images that are all of "
-           "one size stay as they are, and are attacked at it")
+    option("--resize", type=resizing, metavar="N|none|squash|longest", help="of the shorter side of images "
+           "in files, before the centre is cropped (default: 256/224 of the model's resolution, or as the "
+           "model was trained); squash: of both; longest: of the longer one, the rest is black; none: images "
+           "that are all of one size stay as they are, and are attacked at it")
     option("--workers", min(8, os.cpu_count() or 1), type=number(int, 0, most=257), result=False,
            help="processes that decode images")
     option = partial(parser.option, parser.add_argument_group(
@@ -348,9 +355,10 @@ def add_shared_options(parser, *, training):
            "pixels and patch embedding are fp32, and what is reported comes from an fp32 forward. auto: bf16 "
            "for real models where GPU or CPU has it, else fp32; a run that is there keeps its own (default: "
            "auto)")
-    option("--compile", lambda args: on_gpu(args) and kernels.COMPILER, resumable=True,
+    option("--compile", lambda args: on_gpu(args) and kernels.COMPILER and plain(args), resumable=True,
            action=argparse.BooleanOptionalAction, help="torch.compile "
-           f"{'attack and update' if training else 'the encoder'}, a minute at the start (default: on a GPU)")
+           f"{'attack and update' if training else 'the encoder'}, a minute at the start (default: on a GPU, "
+           "of vision transformers with a class token)")
     option("--kernels", "auto", choices=("auto", "triton", "torch"), resumable=True,
            help="auto: Triton on a GPU, else the same in PyTorch")
     option("--out", metavar="DIR", result=False, help="folder to write to (default: a name under out/)")

@@ -320,7 +320,7 @@ class TrainingRun:
             return net
         devices = [self.device] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(net, device_ids=devices)
-        wrapped(torch.zeros(1, 3, *self.clip.visual.image_size, device=self.device)).sum().backward()
+        wrapped(torch.zeros(1, 3, *self.encoder.size, device=self.device)).sum().backward()
         net.zero_grad()
         return wrapped
 

@@ -113,8 +113,9 @@ def rgb(source):
 
 def to_pixels(size, resize=None):
     """A function: an image as `rgb` takes it → uint8 [3,size,size], by Resize(resize), None for 256/224·size,
-    and CenterCrop(size); resize="none": by neither, ValueError for another size."""
-    if resize not in (None, "none") and resize < size:
+    and CenterCrop(size); resize="none": by neither, ValueError for another size; "squash": both sides to
+    size; "longest": the longer one, and black bars beside it. These two are open_clip's resize_mode."""
+    if isinstance(resize, int) and resize < size:
         raise ValueError(f"--resize {resize} is less than the {size} pixels that are cropped from it")
     from torchvision.transforms.v2 import functional as F       # here, as that takes over a second
 
@@ -124,7 +125,13 @@ def to_pixels(size, resize=None):
             image = rgb(source)
             if resize == "none" and image.size != (size, size):
                 raise ValueError(f"{image.width:,}×{image.height:,} pixels, not {size}×{size}")
-            if resize != "none":
+            if resize == "squash":
+                image = F.resize(image, [size, size], Image.Resampling.BICUBIC)
+            elif resize == "longest":
+                sides = [round(side / (max(image.size) / size)) for side in (image.height, image.width)]
+                image = F.resize(image, [max(side, 1) for side in sides], Image.Resampling.BICUBIC)
+                image = F.center_crop(image, [size, size])
+            elif resize != "none":
                 most = 64 * min(image.size)      # resized, 1×60,000 would be 256×15 million: only its middle
                 image = F.center_crop(image, [min(image.height, most), min(image.width, most)])
                 image = F.resize(image, resize or round(size * 256 / 224), Image.Resampling.BICUBIC)

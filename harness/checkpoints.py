@@ -35,7 +35,7 @@ def text_fingerprint(clip):
     """Identifies the text encoder that an image encoder was trained against: sha256 of its tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
-        if not name.startswith("visual."):
+        if not name.startswith(("visual.", "text_decoder.")):           # CoCa's writes captions
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 

@@ -134,7 +134,11 @@ def own_resize(name, pretrained=None):
     mode = said.get("resize_mode") or "shortest"
     if mode not in ("shortest", "squash", "longest"):
         raise ValueError(f"--model {name}: its {CONFIG} has resize_mode {mode!r}, not one of open_clip's")
-    return None if mode == "shortest" else mode
+    if mode == "shortest":
+        return None
+    say(f"{name} {pretrained or ''}: images in files are resized as its own were, by {mode}, unless --resize "
+        "says otherwise")
+    return mode
 
 
 @functools.cache

@@ -294,6 +294,14 @@ def default_dtype(args, training):
     return "bf16" if gpu and training or args.model != "toy" and has_bf16(args.device) else "fp32"
 
 
+def default_compile(args):
+    """On a GPU; but of vision transformers with a class token alone, with which it is tried."""
+    if not (args.device.startswith("cuda") and kernels.COMPILER):
+        return False
+    image_size(args.model, args.pretrained)             # ValueError: no such model
+    return plain_vit(model_config(args.model)["vision_cfg"])
+
+
 def data_options(args, names):
     """What `load_task` is told of the sets `names` of one command. ValueError."""
     return {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit,
@@ -303,12 +311,6 @@ def data_options(args, names):
 
 def add_shared_options(parser, *, training):
     """Add the options that both stages have, with the defaults of this stage."""
-    def on_gpu(args):
-        return args.device.startswith("cuda")
-
-    def plain(args):
-        image_size(args.model, args.pretrained)         # ValueError: no such model
-        return plain_vit(model_config(args.model)["vision_cfg"])
     option = partial(parser.option, parser.add_argument_group("model"))
     option("--model", lambda args: "toy", help="an open_clip name, local-dir:PATH, hf-hub:ORG/REPO, or toy "
            "(default: toy)")
@@ -355,10 +357,9 @@ def add_shared_options(parser, *, training):
            "pixels and patch embedding are fp32, and what is reported comes from an fp32 forward. auto: bf16 "
            "for real models where GPU or CPU has it, else fp32; a run that is there keeps its own (default: "
            "auto)")
-    option("--compile", lambda args: on_gpu(args) and kernels.COMPILER and plain(args), resumable=True,
-           action=argparse.BooleanOptionalAction, help="torch.compile "
-           f"{'attack and update' if training else 'the encoder'}, a minute at the start (default: on a GPU, "
-           "of vision transformers with a class token)")
+    option("--compile", default_compile, resumable=True, action=argparse.BooleanOptionalAction,
+           help=f"torch.compile {'attack and update' if training else 'the encoder'}, a minute at the start "
+           "(default: on a GPU, of vision transformers with a class token)")
     option("--kernels", "auto", choices=("auto", "triton", "torch"), resumable=True,
            help="auto: Triton on a GPU, else the same in PyTorch")
     option("--out", metavar="DIR", result=False, help="folder to write to (default: a name under out/)")

@@ -386,8 +386,9 @@ def test_a_folder_of_images_is_squashed_for_a_model_that_was_trained_so(tmp_path
     for mode in ("shortest", "squash"):
         base = folder_of("convnext", tmp_path / mode, {"resize_mode": mode})
         out = tmp_path / f"out-{mode}"
-        here("eval_zeroshot.py", "--model", base, "--tasks", f"folder:{tmp_path}", "--steps", 1,
-             "--workers", 0, "--device", "cpu", "--save-adv", out / "adv", "--out", out)
+        done = here("eval_zeroshot.py", "--model", base, "--tasks", f"folder:{tmp_path}", "--steps", 1,
+                    "--workers", 0, "--device", "cpu", "--save-adv", out / "adv", "--out", out)
+        assert ("by squash, unless --resize" in done.stdout) == (mode == "squash")
         seen[mode] = [np.load(file)["x"] for file in sorted((out / "adv").rglob("*.npz"))]
     coloured = {mode: any(np.ptp(x, axis=1).max() > 100 for x in images) for mode, images in seen.items()}
     assert coloured == {"shortest": False, "squash": True}

@@ -230,7 +230,7 @@ def test_attacks_reach_pixels_of_any_resolution(name):
 
 
 # ------------------------------------------------------------------------------ files
-@pytest.mark.parametrize("name", ["resnet", "batch-norm", "coca"])
+@pytest.mark.parametrize("name", ["resnet", "map", "batch-norm", "coca"])
 def test_checkpoints_hold_batch_norms_statistics(name, tmp_path):
     clip, other = moved(name), moved(name, seed=2)
     for key, t in clip.state_dict().items():

@@ -59,12 +59,17 @@ class Row(NamedTuple):
     dtype: str = "auto"       # of the blocks; auto: bf16 on a GPU, else fp32
 
 
+def width(clip, name):
+    """D of a CLIP's features; timm's image encoders do not say it."""
+    return getattr(clip.visual, "output_dim", None) or model_config(name)["embed_dim"]
+
+
 def our_step(clip, row, tokens):
     """The loop's body of train_tecoa.py on one random batch: {part: a function that does just that part}."""
     device, batch, classes = clip.logit_scale.device, row.batch, len(tokens)
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoder = ImageEncoder(clip, DTYPES.get(row.dtype, usual))
-    head = F.normalize(torch.randn(classes, model_config(row.model)["embed_dim"], device=device), dim=-1)
+    head = F.normalize(torch.randn(classes, width(clip, row.model), device=device), dim=-1)
     x = torch.randint(256, (batch, 3, *encoder.size), dtype=torch.uint8, device=device)
     x, y = encoder.patchify(x), torch.randint(classes, (batch,), device=device)
     keys, pixels = image_keys(0, 0, torch.arange(batch, device=device)), x.float() / 255
@@ -351,7 +356,7 @@ def evaluation_table(report, name, device, images, classes, seconds):
     clip, _ = load_clip(name, "none", device)
     encoder, steps = ImageEncoder(clip), 10
     freeze(encoder)
-    head = F.normalize(torch.randn(classes, model_config(name)["embed_dim"], device=device), dim=-1)
+    head = F.normalize(torch.randn(classes, width(clip, name), device=device), dim=-1)
     x = torch.rand(images, 3, *encoder.size, device=device)
     y, index = predict(encoder, head, LOGIT_SCALE, x), torch.arange(images, device=device)
     report.table(f"Evaluation: {name}, {images} images, {classes} classes, fp32", "attack", "norm", "ε · 255",

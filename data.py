@@ -31,8 +31,8 @@ def main():
     command.add_argument("--protocol", default=DEFAULT, choices=PROTOCOLS, help="whose way to resize "
                          "(docs/evaluation.md; default: %(default)s)")
     command.add_argument("--resize", type=resizing, metavar=RESIZE, help="of the shorter side, before the "
-                         "centre is cropped (default: the protocol's); squash: to a square; none: images "
-                         "that are all of one size stay as they are")
+                         "centre is cropped (default: the protocol's); squash, longest, none: as of "
+                         "training and evaluation")
     command.add_argument("--interpolation", choices=INTERPOLATIONS, help="(default: the protocol's)")
     command.add_argument("--class-names", metavar="FILE", help="one a line, in the order of the classes; or "
                          "folder<TAB>name (default: as the folders are called, or in the set's own words)")

@@ -246,7 +246,7 @@ def evaluate_command(parser, args, device, alpha):
         if args.ckpt:
             load_visual(clip, checkpoint, args.ckpt, alpha)
         if args.export:
-            rank0(lambda: export_clip(clip, args.model, args.export, checkpoint.get("prompts")))
+            rank0(lambda: export_clip(clip, args.model, args.export, checkpoint.get("prompts"), tokenizer))
             rank0(lambda: write_card(args, checkpoint))
         if run and not run.finished:
             run.begin(tokenizer)

@@ -27,7 +27,7 @@ from harness.processes import DTYPES, WORLD, rank0_first
 from harness.reports import ball
 from harness.training import TrainingRun, load_data
 from losses import LOSSES
-from model import ImageEncoder, adapt, check_adaptation, freeze, image_size, load_clip, unfreeze
+from model import ImageEncoder, adapt, check_adaptation, freeze, image_size, load_clip, projection, unfreeze
 from prompts import encode_head
 from tasks.sampling import relabelled
 
@@ -55,8 +55,8 @@ option("--loss", next(iter(LOSSES)), choices=LOSSES, help="; ".join(
 option("--labels", "true", choices=("true", "pseudo"), help="pseudo: what the original CLIP takes images for")
 option("--shots", type=number(int, 1), metavar="K", help="adapt on K images of each class (default: on all)")
 option("--adapt", "full", type=adaptation, help="what trains. full: the image encoder; partial: its last "
-       "blocks, ln_post and proj; linear: proj, or the loss's linear head alone; image-prompt: a border of "
-       "pixels; token-prompt: tokens beside the patches; or image-prompt,token-prompt")
+       "blocks, ln_post and proj; linear: its projection, or the loss's linear head alone; image-prompt: a "
+       "border of pixels; token-prompt: tokens beside the patches; or image-prompt,token-prompt")
 option("--last-blocks", lambda args: 2 if "partial" in args.adapt else None, type=number(int, 1), metavar="N",
        help="of --adapt partial (default: 2)")
 option("--border", lambda args: round(30 / 224 * image_size(args.model, args.pretrained))
@@ -122,6 +122,8 @@ with run.refusing():
     torch.manual_seed(args.seed)                                            # of a linear head
     loss = LOSSES[args.loss].make(encoder, head, logit_scale)
     linear_head = {f"linear_head.{name}": p for name, p in loss.linear_head.named_parameters()}
+    if args.adapt == "linear" and not (linear_head or projection(clip.visual)):
+        raise ValueError(f"--adapt linear: the image encoder of {args.model} ends without a projection")
     run.claim(clip, tokenizer, train, [*tasks, *held_out], schedule_steps, warmup,
               compares_images=LOSSES[args.loss].batch)
 

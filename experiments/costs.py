@@ -36,7 +36,7 @@ from kernels.contrastive_loss import contrastive_log_odds
 from kernels.pgd_step import pgd_step
 from kernels.random_start import random_start
 from losses import LOSSES
-from model import ImageEncoder, freeze, image_size, load_clip, predict, unfreeze
+from model import ImageEncoder, freeze, image_size, load_clip, model_config, predict, resolution, unfreeze
 from tasks.class_names import imagenet_class_names
 from tasks.loading import batches
 from tasks.make_cache import make_cache
@@ -59,13 +59,18 @@ class Row(NamedTuple):
     dtype: str = "auto"       # of the blocks; auto: bf16 on a GPU, else fp32
 
 
+def width(clip, name):
+    """D of a CLIP's features; timm's image encoders do not say it."""
+    return getattr(clip.visual, "output_dim", None) or model_config(name)["embed_dim"]
+
+
 def our_step(clip, row, tokens):
     """The loop's body of train_tecoa.py on one random batch: {part: a function that does just that part}."""
     device, batch, classes = clip.logit_scale.device, row.batch, len(tokens)
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoder = ImageEncoder(clip, DTYPES.get(row.dtype, usual))
-    head = F.normalize(torch.randn(classes, clip.visual.output_dim, device=device), dim=-1)
-    x = torch.randint(256, (batch, 3, *clip.visual.image_size), dtype=torch.uint8, device=device)
+    head = F.normalize(torch.randn(classes, width(clip, row.model), device=device), dim=-1)
+    x = torch.randint(256, (batch, 3, *encoder.size), dtype=torch.uint8, device=device)
     x, y = encoder.patchify(x), torch.randint(classes, (batch,), device=device)
     keys, pixels = image_keys(0, 0, torch.arange(batch, device=device)), x.float() / 255
     noisy, grad = pixels.clone().requires_grad_(), torch.ones_like(pixels)
@@ -103,7 +108,7 @@ def authors_step(clip, row, tokens):
     dtype = DTYPES.get(row.dtype, torch.float16 if clip.logit_scale.is_cuda else torch.float32)
     device, normalisation = clip.logit_scale.device, clip.visual.preprocess_cfg
     mean, std = (torch.tensor(normalisation[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
-    x = torch.rand(row.batch, 3, *clip.visual.image_size, device=device)
+    x = torch.rand(row.batch, 3, *resolution(clip.visual), device=device)
     y = torch.randint(len(tokens), (row.batch,), device=device)
     clip.requires_grad_(True)
     optimizer = torch.optim.SGD(clip.visual.parameters(), lr=1e-9, momentum=.9)
@@ -352,8 +357,8 @@ def evaluation_table(report, name, device, images, classes, seconds):
     clip, _ = load_clip(name, "none", device)
     encoder, steps = ImageEncoder(clip), 10
     freeze(encoder)
-    head = F.normalize(torch.randn(classes, clip.visual.output_dim, device=device), dim=-1)
-    x = torch.rand(images, 3, *clip.visual.image_size, device=device)
+    head = F.normalize(torch.randn(classes, width(clip, name), device=device), dim=-1)
+    x = torch.rand(images, 3, *encoder.size, device=device)
     y, index = predict(encoder, head, LOGIT_SCALE, x), torch.arange(images, device=device)
     report.table(f"Evaluation: {name}, {images} images, {classes} classes, fp32", "attack", "norm", "ε · 255",
                  "passes an image", "in full", "ms (lowest–highest of n timings)", "× bare passes")

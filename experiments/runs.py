@@ -25,7 +25,7 @@ from harness import processes
 from harness.evaluation import lock
 from harness.files import ROOT, read_json, source_version, writable_folder
 from harness.options import ByModel, Parser, number
-from model import image_size
+from model import image_size, own_resize
 from tasks.benchmarks import counts
 from tasks.protocols import DEFAULT
 from tasks.task import TOY_ADAPTED, Task, load_task, task_names
@@ -260,7 +260,8 @@ def make_plan(parser, args):
         grid, adapted = TOY, TOY_ADAPTED if args.dataset == "toy" else args.dataset.removeprefix("toy:")
         tasks = ",".join([*task_names("all", "toy"), TOY_ADAPTED]) if tasks == "all" else tasks
         folder = ""
-    where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root}
+    where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root,
+             "resize": own_resize(args.model, args.pretrained)}
     if tasks != "all":
         names = {load_task(name, "val", limit=1, **where).name
                  for name in task_names(tasks, "toy", args.data_root)}

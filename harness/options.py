@@ -20,7 +20,8 @@ import kernels
 from harness.files import sha256
 from harness.processes import RANK, has_bf16
 from harness.trackers import tracker_names
-from model import ADAPTATIONS, CONFIG, LOCAL_DIR, PIXELS, image_size, weights_in
+from model import (ADAPTATIONS, CONFIG, LOCAL_DIR, PIXELS, image_size, model_config, own_resize, plain_vit,
+                   weights_in)
 from tasks.class_names import own_words
 from tasks.images import printable
 from tasks.protocols import DEFAULT, PROTOCOLS, resized
@@ -28,7 +29,7 @@ from tasks.protocols import DEFAULT, PROTOCOLS, resized
 
 # names of data sets that say where they lie
 PLACES = re.compile(r"(?<![^,])((folder|wds|cache):[^,]*|imagenet)(?![^,])")
-RESIZE, INTERPOLATIONS = "N|squash|none", ("bilinear", "bicubic")
+RESIZE, INTERPOLATIONS = "N|none|squash|longest", ("bilinear", "bicubic")
 
 
 class ByModel(NamedTuple):
@@ -232,8 +233,8 @@ def cadence(text):
 
 
 def resizing(text):
-    """A number of pixels; squash: to a square, whatever their shape; none: images as they are."""
-    return text if text in ("none", "squash") else number(int, 1, most=2**14)(text)
+    """A number of pixels, or a way of `to_pixels`."""
+    return text if text in ("none", "squash", "longest") else number(int, 1, most=2**14)(text)
 
 
 def adaptation(text):
@@ -318,11 +319,19 @@ def default_dtype(args, training):
     return "bf16" if gpu and training or args.model != "toy" and has_bf16(args.device) else "fp32"
 
 
+def default_compile(args):
+    """On a GPU; but of vision transformers with a class token alone, with which it is tried."""
+    if not (args.device.startswith("cuda") and kernels.COMPILER):
+        return False
+    image_size(args.model, args.pretrained)             # ValueError: no such model
+    return plain_vit(model_config(args.model)["vision_cfg"])
+
+
 def data_options(args, names):
     """What `load_task` is told of the sets `names` of one command. ValueError."""
     return {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit,
-            "protocol": args.protocol, "resize": args.resize, "interpolation": args.interpolation,
-            "words": own_words(names, args.class_names, args.template)}
+            "protocol": args.protocol, "resize": args.resize or own_resize(args.model, args.pretrained),
+            "interpolation": args.interpolation, "words": own_words(names, args.class_names, args.template)}
 
 
 def by_protocol(word):
@@ -334,10 +343,11 @@ def measured_as(args):
     """What settled options make of the protocol, for results.json: a dict. Sizes are in pixels."""
     rules, size = PROTOCOLS[args.protocol], image_size(args.model, args.pretrained)
     small = resized(args.protocol, "cifar10", size)
+    resize = args.resize or own_resize(args.model, args.pretrained)
     return {"protocol": args.protocol, "source": rules.source,
-            "resize": resized(args.protocol, "", size, args.resize), "interpolation": args.interpolation,
+            "resize": resized(args.protocol, "", size, resize), "interpolation": args.interpolation,
             "cifar10, cifar100, stl10": "their own size, enlarged in the model" if small == "none" else small,
-            "squashed": rules.squash if args.resize is None else (),
+            "squashed": rules.squash if resize is None else (),
             "templates": getattr(args, "templates", rules.templates), "photo": rules.photo,
             "sets in the mean": rules.sets, "attack": getattr(args, "attack", "pgd"),
             "steps": getattr(args, "eval_steps", args.steps)}
@@ -371,8 +381,9 @@ def add_data_options(parser, *, training):
            "the class name, {c} for it as it is; a file has one a line, of which the average is taken "
            "(default: the protocol's, This is a photo of a {})")
     option("--resize", type=resizing, metavar=RESIZE, help="of the shorter side of images in files, before "
-           "the centre is cropped (default: the protocol's, 256/224 of the model's resolution); squash: to a "
-           "square; none: images that are all of one size stay as they are, and are attacked at it")
+           "the centre is cropped (default: the protocol's, 256/224 of the model's resolution; or as the "
+           "model was trained, if otherwise); squash: of both, to a square; longest: of the longer one, the "
+           "rest is black; none: images that are all of one size stay as they are, and are attacked at it")
     option("--interpolation", by_protocol("interpolation"), choices=INTERPOLATIONS,
            help="of images in files, when they are resized (default: the protocol's, bilinear)")
     option("--workers", min(8, os.cpu_count() or 1), type=number(int, 0, most=257), result=False,
@@ -381,8 +392,6 @@ def add_data_options(parser, *, training):
 
 def add_shared_options(parser, *, training):
     """Add the options that both stages have, with the defaults of this stage."""
-    def on_gpu(args):
-        return args.device.startswith("cuda")
     option = partial(parser.option, parser.add_argument_group("model"))
     option("--model", lambda args: "toy", help="an open_clip name, local-dir:PATH, hf-hub:ORG/REPO, or toy "
            "(default: toy)")
@@ -413,9 +422,9 @@ def add_shared_options(parser, *, training):
            "pixels and patch embedding are fp32, and what is reported comes from an fp32 forward. auto: bf16 "
            "for real models where GPU or CPU has it, else fp32; a run that is there keeps its own (default: "
            "auto)")
-    option("--compile", lambda args: on_gpu(args) and kernels.COMPILER, resumable=True,
-           action=argparse.BooleanOptionalAction, help="torch.compile "
-           f"{'attack and update' if training else 'the encoder'}, a minute at the start (default: on a GPU)")
+    option("--compile", default_compile, resumable=True, action=argparse.BooleanOptionalAction,
+           help=f"torch.compile {'attack and update' if training else 'the encoder'}, a minute at the start "
+           "(default: on a GPU, of vision transformers with a class token)")
     option("--kernels", "auto", choices=("auto", "triton", "torch"), resumable=True,
            help="auto: Triton on a GPU, else the same in PyTorch")
     option("--out", metavar="DIR", result=False, help="folder to write to (default: a name under out/)")

@@ -29,7 +29,7 @@ from harness.processes import DTYPES, LAUNCH, RANK, RESTARTS, WORLD, environment
 from harness.reports import (at_chance, ball, draw_curves, draw_examples, guessing, markdown_table,
                              nothing_readable, outside_the_mean, try_to_draw)
 from harness.trackers import Trackers
-from model import parts_of
+from model import parts_of, resolution
 from prompts import prompt_warnings
 from tasks.benchmarks import BENCHMARKS, set_of
 from tasks.contents import differing, fingerprint
@@ -176,7 +176,7 @@ class TrainingRun:
                              f"{parts[0]} process(es), with --accumulate {parts[1]}")
         images = data_set(train)
         side = images.tensors[0].shape[-1] if isinstance(images, TensorDataset) else images.size
-        if "protocol" not in before["config"] and side != clip.visual.image_size[0]:
+        if "protocol" not in before["config"] and side != resolution(clip.visual)[0]:
             raise ValueError(f"the run in {self.out} was begun by an earlier version, which enlarged images "
                              f"of {side} pixels with antialiasing: it cannot go on; --out DIR begins another")
         data = before["training"].get("data")
@@ -340,7 +340,7 @@ class TrainingRun:
             return net
         devices = [self.device] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(net, device_ids=devices)
-        wrapped(torch.zeros(1, 3, *self.clip.visual.image_size, device=self.device)).sum().backward()
+        wrapped(torch.zeros(1, 3, *self.encoder.size, device=self.device)).sum().backward()
         net.zero_grad()
         return wrapped
 

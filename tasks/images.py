@@ -113,10 +113,11 @@ def rgb(source):
 
 def to_pixels(size, resize=None, interpolation="bilinear"):
     """A function: an image as `rgb` takes it → uint8 [3,size,size], by Resize(resize), None for 256/224·size,
-    and CenterCrop(size); resize="squash": by Resize((size, size)) alone; "none": by neither, ValueError for
-    another size. interpolation: bilinear or bicubic, with antialiasing, as PIL and torchvision do both."""
+    and CenterCrop(size); resize="squash": both sides to size; "longest": the longer one, and black bars
+    beside it (these two are open_clip's resize_mode); "none": by neither, ValueError for another size.
+    interpolation: bilinear or bicubic, with antialiasing, as PIL and torchvision do both."""
     resize = round(size * 256 / 224) if resize is None else resize
-    if resize not in ("none", "squash") and resize < size:
+    if isinstance(resize, int) and resize < size:
         raise ValueError(f"--resize {resize} is less than the {size} pixels that are cropped from it")
     from torchvision.transforms.v2 import functional as F       # here, as that takes over a second
 
@@ -130,6 +131,10 @@ def to_pixels(size, resize=None, interpolation="bilinear"):
                 raise ValueError(f"{image.width:,}×{image.height:,} pixels, not {size}×{size}")
             if resize == "squash":
                 image = F.resize(image, [size, size], how)
+            elif resize == "longest":
+                sides = [round(side / (max(image.size) / size)) for side in (image.height, image.width)]
+                image = F.resize(image, [max(side, 1) for side in sides], how)
+                image = F.center_crop(image, [size, size])
             elif resize != "none":
                 most = 64 * min(image.size)      # resized, 1×60,000 would be 256×15 million: only its middle
                 image = F.center_crop(image, [min(image.height, most), min(image.width, most)])

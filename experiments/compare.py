@@ -279,7 +279,8 @@ def several(names):
 def places(results):
     """{id of a result: its folder, as far as it tells it from the others}."""
     folders = [os.path.abspath(r.folder) for r in results]
-    above = os.path.commonpath(folders) if len({*folders}) > 1 else os.path.dirname(folders[0])
+    above = os.path.commonpath(folders)
+    above = os.path.dirname(above) if above in folders else above
     return {id(r): os.path.relpath(folder, above) for r, folder in zip(results, folders)}
 
 
@@ -365,12 +366,11 @@ def make_rows(results, each_seed=False):
     """[Row]: the seeds of one recipe, measured in the same way, together, unless each_seed."""
     groups = []
     for r in results:
-        facts = {name: value.facts for name, value in r.sets.items()}
-        key = r.who, r.protocol, facts                  # facts: how many images, for instance
-        group = next((group for known, group in groups if known == key and not each_seed
-                      and r.seed not in [other.seed for other in group]), None)
-        group.append(r) if group else groups.append((key, [r]))
-    groups, whos = [group for _, group in groups], [key[0] for key, _ in groups]
+        group = next((group for group in groups if not each_seed and r.who == group[0].who
+                      and r.seed not in [other.seed for other in group] and {*r.sets} == {*group[0].sets}
+                      and not compared([group[0], r], ["", ""])[0]), None)
+        group.append(r) if group else groups.append([r])
+    whos = [group[0].who for group in groups]
 
     def values(word, some):
         return [value for value, _ in by_value((who.get(word), None) for who in some)]
@@ -542,15 +542,17 @@ def main():
         title = ("Zero-shot accuracy (%), clean / robust"
                  + f": {results[0].words}" * bool(results[0].words and not different))
         notes, more = notes_on(rows, results)
+        if args.out:
+            out, eps = Path(args.out), {r.protocol.get("eps") for r in results}
+            out = out if out.suffix else out.with_name(f"{out.name}.png")
+            draw(out, rows, counted, "at {:g}/255".format(*eps) if len(eps) == 1 else "at different ε")
         if args.latex:
             print(latex(rows, counted, ". ".join([title, *left_out, *notes]) + "."),
                   *(f"% {printable(text)}" for text in more), sep="\n")
         else:
             print(title, markdown(rows, counted), *map(printable, [*left_out, *notes, *more]), sep="\n\n")
         if args.out:
-            eps = {r.protocol.get("eps") for r in results}
-            draw(Path(args.out), rows, counted, f"at {eps.pop()}/255" if len(eps) == 1 else "at different ε")
-            print(("% " if args.latex else "\n") + f"wrote {printable(args.out)}")
+            print(("% " if args.latex else "\n") + f"wrote {printable(out)}")
 
 
 if __name__ == "__main__":

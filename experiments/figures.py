@@ -97,9 +97,9 @@ def bars(plan, name, categories, series, **more):
     panels(plan, name, max(5.5, group * len(categories) + 1.5), draw, **more)
 
 
-def lines(plan, name, label_x, series, *, log=False, ticks=None, **more):
+def lines(plan, name, label_x, series, *, log=False, ticks=None, width=5.5, **more):
     """Lines over a quantity. series: [(label, colour, style, xs, {kind: [values of each x]})]; ticks: {x: its
-    label}; more: of `panels`."""
+    label}; width: in inches; more: of `panels`."""
     def draw(axis, kind):
         for label, colour, style, xs, values in series:
             axis.errorbar(xs, *means_and_spreads(values[kind]), color=colour, linestyle=style, marker="o",
@@ -110,7 +110,7 @@ def lines(plan, name, label_x, series, *, log=False, ticks=None, **more):
         if ticks:
             axis.set_xticks([*ticks], [*ticks.values()])
             axis.minorticks_off()
-    panels(plan, name, 5.5, draw, label_x=label_x, **more)
+    panels(plan, name, width, draw, label_x=label_x, **more)
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -320,7 +320,7 @@ def cost(plan):
         series("equal updates", "silver", ":", [name for name in rows if name.endswith("updates")]),
         *(series(f"PGD-{n}", colour, "-", [name for name in rows if name.startswith(f"PGD-{n},")])
           for n, colour in ATTACK_STEPS.items())],
-        log=True, ticks={.5: "½", 1: "1", 2: "2", 4: "4"}, clip=found["CLIP"]["mean"])
+        log=True, ticks={.5: "½", 1: "1", 2: "2", 4: "4"}, width=7.5, clip=found["CLIP"]["mean"])
     yield table(found, ("training compute", {name: f"{value:.2f}" for name, value in compute.items()}))
 
 

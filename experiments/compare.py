@@ -543,7 +543,7 @@ def main():
                  + f": {results[0].words}" * bool(results[0].words and not different))
         notes, more = notes_on(rows, results)
         if args.out:
-            out, eps = Path(args.out), {r.protocol.get("eps") for r in results}
+            out, eps = Path(args.out), {r.protocol.get("eps") for r in results} - {None}
             out = out if out.suffix else out.with_name(f"{out.name}.png")
             draw(out, rows, counted, "at {:g}/255".format(*eps) if len(eps) == 1 else "at different ε")
         if args.latex:

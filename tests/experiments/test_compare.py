@@ -243,6 +243,9 @@ def test_the_plain_clip_once_and_first(tmp_path):
     one = run(tmp_path / "one", OTHER, NUMBERS)
     two = run(tmp_path / "two", {"a": (1., 1.)}, {"a": NUMBERS["a"]}, loss="ce")
     assert [*parsed(show(one, two))[0]] == ["CLIP", "tecoa", "ce"]
+    # the toy's, each with its own seed's weights, whatever seed their attacks had
+    toys = [evaluation(tmp_path / f"c{k}", {"a": (90. + k, 5.)}, pretrained=f"seed{k}") for k in (0, 1)]
+    assert [*parsed(show(*toys))[0]] == ["CLIP (2 seeds)"]
     # other numbers are another measurement
     three = run(tmp_path / "three", OTHER, {"a": (90., 5.5)}, loss="fare")
     assert [*parsed(show(one, three))[0]] == ["CLIP, one", "CLIP, three", "tecoa", "fare"]
@@ -261,6 +264,21 @@ def test_sets_that_do_not_count(tmp_path):
     assert "as not every row has it: none\n" in text and "Not in the mean: extra\n" in text
     two = evaluation(tmp_path / "two", {"z": (1., 1.)}, seed=1)
     assert [cells[-1] for cells in parsed(show(one, two))[0].values()] == [["–", "–"]] * 2
+
+
+def test_the_classes_adapted_on_are_shown_and_do_not_count(tmp_path):
+    text = show(run(tmp_path / "one", NUMBERS, adapted={"seen": (10., 1.)}))
+    assert parsed(text) == ({"tecoa": [["90.0", "5.0"], ["80.0", "3.0"], ["10.0", "1.0"], ["85.0", "4.0"]]},
+                            ["a", "b", "seen", "mean of 2"]) and "Not in the mean: seen\n" in text
+
+
+def test_a_journal_of_something_else_says_nothing_of_the_images(tmp_path):
+    one = evaluation(tmp_path / "one", NUMBERS)
+    two = evaluation(tmp_path / "two", OTHER, ckpt="x.pt", crc32=8)
+    assert "contents" in show(one, two, status=2)
+    path = two / "images.jsonl"
+    path.write_text(path.read_text().replace("c0de", "c1de", 1))
+    assert "choice of images, contents of the images (“x”)" in show(one, two)
 
 
 def test_moved_sets_have_one_column(tmp_path):

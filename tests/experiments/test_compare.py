@@ -246,6 +246,9 @@ def test_the_plain_clip_once_and_first(tmp_path):
     # the toy's, each with its own seed's weights, whatever seed their attacks had
     toys = [evaluation(tmp_path / f"c{k}", {"a": (90. + k, 5.)}, pretrained=f"seed{k}") for k in (0, 1)]
     assert [*parsed(show(*toys))[0]] == ["CLIP (2 seeds)"]
+    # another CLIP stays, though its numbers are the same
+    other = evaluation(tmp_path / "other", {"a": NUMBERS["a"]}, model="ViT-B-32")
+    assert [*parsed(show(one, other))[0]] == ["CLIP, toy", "CLIP, ViT-B-32", "tecoa, toy"]
     # other numbers are another measurement
     three = run(tmp_path / "three", OTHER, {"a": (90., 5.5)}, loss="fare")
     assert [*parsed(show(one, three))[0]] == ["CLIP, one", "CLIP, three", "tecoa", "fare"]

@@ -10,6 +10,7 @@ import os
 import re
 from functools import cache, partial
 from itertools import combinations
+from math import comb
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -181,9 +182,12 @@ def contents_of(results, folder):
             for name, about in zip(names, data)}
 
 
-def not_counted(results):
-    """The sets that a table's own mean leaves out, as protocols do: those without which it comes out."""
+def not_counted(results, folder):
+    """The sets that a table's own mean leaves out, as protocols do: those without which it comes out.
+    ValueError: they are too many to try."""
     mean, names = results["mean"], [name for name, row in results["tasks"].items() if row["n"]]
+    if comb(len(names), mean["tasks"]) > 10**5:
+        raise ValueError(f"{folder} has a mean of {mean['tasks']} of {len(names)} sets, and not which")
     for some in combinations(names, len(names) - mean["tasks"]) if mean["tasks"] else ():
         left = [results["tasks"][name] for name in names if name not in some]
         if all(abs(sum(row[kind] for row in left) / len(left) - mean[kind]) < 1e-6 for kind in KINDS):
@@ -193,7 +197,7 @@ def not_counted(results):
 
 def sets_of(results, folder):
     """{name: Set} of a file's table."""
-    known, found, outside = contents_of(results, folder), {}, not_counted(results)
+    known, found, outside = contents_of(results, folder), {}, not_counted(results, folder)
     tasks, adapted = results["tasks"], results.get("adapted", {})
     for name, row in (tasks | adapted).items():
         about, contents = known.get(name, ({}, {}))

@@ -265,6 +265,9 @@ def test_sets_that_do_not_count(tmp_path):
     assert parsed(text)[0] == {"CLIP": [["90.0", "5.0"], ["80.0", "3.0"], ["–", "–"], ["10.0", "1.0"],
                                         ["85.0", "4.0"]]}
     assert "as not every row has it: none\n" in text and "Not in the mean: extra\n" in text
+    many = evaluation(tmp_path / "many", {f"{k}": (1., 1.) for k in range(40)})
+    change(many / "results.json", mean={"tasks": 20, "clean": 1., "robust": 1.})
+    assert "many has a mean of 20 of 40 sets, and not which" in show(many, status=2)
     two = evaluation(tmp_path / "two", {"z": (1., 1.)}, seed=1)
     assert [cells[-1] for cells in parsed(show(one, two))[0].values()] == [["–", "–"]] * 2
 

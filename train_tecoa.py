@@ -22,7 +22,7 @@ import torch
 
 from attacks import image_keys, pgd
 from eval_zeroshot import attacked_examples, evaluate, evaluate_tasks
-from harness.options import ByModel, Parser, adaptation, add_shared_options, cadence, number
+from harness.options import ByModel, Parser, adaptation, add_shared_options, cadence, number, passes
 from harness.processes import DTYPES, WORLD, rank0_first
 from harness.reports import ball
 from harness.training import TrainingRun, load_data
@@ -66,7 +66,7 @@ option("--tokens", lambda args: 5 if "token-prompt" in args.adapt else None, typ
        metavar="L", help="of the token prompt (default: 5)")
 option("--accumulate", 1, type=number(int, 1), metavar="N", resumable=True, help="split each step's batch "
        "into N micro-batches, one after the other, to save memory")
-option("--epochs", ByModel(10, 2), type=number(int, 1), help="passes over the data set")
+option("--epochs", ByModel(10, 2), type=passes, help="passes over the data set, whole or not")
 option("--max-steps", type=number(int, 1), metavar="N", resumable=True, help="stop after N steps of the same "
        "schedule")
 option("--optimizer", "sgd", choices=OPTIMIZERS, help="sgd has momentum 0.9")
@@ -112,7 +112,7 @@ with run.refusing():
     if not steps_per_epoch:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.images)} images of "
                          f"{train.name}")
-    schedule_steps = args.epochs * steps_per_epoch
+    schedule_steps = max(1, round(args.epochs * steps_per_epoch))
     warmup = min(ByModel(1000, 25)(args), schedule_steps // 10) if args.warmup is None else args.warmup
 
     clip, tokenizer = rank0_first(lambda: load_clip(args.model, args.pretrained, device, args.seed))

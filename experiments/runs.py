@@ -165,23 +165,26 @@ def compute_all(plan, seeds, points):
 
 # ---------------------------------------------------------------------------------------- what they found
 def gather(plan, point):
-    """What was found of a point, {task: {"clean", "robust" and after each attack: one number a seed}}. Of the
-    toy, the task adapted on is "adapted"; "mean" is of the others; "trained" is no task, but how many
-    parameters trained."""
+    """What was found of a point, {task: {"clean", "robust" and after each attack: one number a seed}}; nan:
+    no image of it could be read. Of the toy, the task adapted on is "adapted"; "mean" is of the others that
+    have numbers. No tasks: "trained", how many parameters trained, and "updates", in how many steps."""
     runs, found = [plan.read(seed, point)["tasks"] for seed in plan.args.seeds], {}
     for task in runs[0]:
         rows = [run[task] for run in runs]
-        part = {kind: np.array([row[kind] for row in rows]) for kind in BOTH}
+        part = {kind: np.array([row[kind] for row in rows], float) for kind in BOTH}
         left = np.array([row["right"] for row in rows], float)
         for attack in ATTACKS:      # for three classes apgd-dlr stands in for apgd-t
             names = (attack, "apgd-dlr") if attack == "apgd-t" else (attack,)
             left = left - [sum(row["broken_by"].get(name, 0) for name in names) for row in rows]
-            part[attack] = 100 * left / [max(1, row["n"]) for row in rows]
+            part[attack] = 100 * left / [row["n"] or np.nan for row in rows]
         found["adapted" if task == plan.adapted else task] = part
     counted = [part for task, part in found.items() if task != "adapted" and counts(DEFAULT, task)]
-    found["mean"] = {kind: np.mean([part[kind] for part in counted], 0) for kind in counted[0]}
-    trained = read_json(plan.run_folder(plan.args.seeds[0], point.train) / "results.json")
-    return found | {"trained": 0 if point.train is None else trained["trained"]}
+    readable = [part for part in counted if not np.isnan(part["clean"]).any()] or counted
+    found["mean"] = {kind: np.mean([part[kind] for part in readable], 0) for kind in counted[0]}
+    trained = {"trained": 0, "step": 0}
+    if point.train is not None:
+        trained = read_json(plan.run_folder(plan.args.seeds[0], point.train) / "results.json")
+    return found | {"trained": trained["trained"], "updates": trained["step"]}
 
 
 def conditions(plan, points):

@@ -226,6 +226,12 @@ def length(least, strict=False):
     return parse
 
 
+def passes(text):
+    """A number of passes over a data set, above 0: an int if it is whole."""
+    value = number(float, 0, strict=True)(text)
+    return int(value) if value == int(value) else value
+
+
 def cadence(text):
     """A number of steps, or of minutes with an m."""
     (number(float, 0, strict=True) if text.endswith("m") else number(int, 1))(text.removesuffix("m"))

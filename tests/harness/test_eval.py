@@ -405,7 +405,7 @@ def test_all_takes_what_is_there_and_says_what_is_not(tmp_path, read_json):
     done = command(*model, tmp_path, "--steps", 1, "--templates", "openai", "--workers", 0)
     assert list(read_json(tmp_path / "out" / "results.json")["tasks"]) == ["imagenet"]
     missing = [line.split(": ")[1] for line in done.splitlines() if line.startswith("not evaluated: ")]
-    assert len(missing) == 16 and "imagenet" not in missing and "eurosat" in missing
+    assert len(missing) == 21 and "imagenet" not in missing and "eurosat" in missing
     assert sorted(read_json(tmp_path / "out" / "results.json")["missing"]) == sorted(missing)
     assert "not evaluated: cars: get it with hf download clip-benchmark/wds_cars" in done
     assert "nothing to evaluate under" in command(*model, tmp_path / "eurosat", status=2)
@@ -569,7 +569,8 @@ def test_every_option_that_can_change_a_result_has_a_folder_of_its_own(monkeypat
              "norm": "l2", "eps": 4, "steps": 7, "step_size": .5, "seed": 1, "dtype": "bf16",
              "kernels": "torch", "device": "cuda:7", "compile": None, "attack": "cw", "queries": 7,
              "restarts": 2, "last_iterate": None, "templates": "openai", "interpolate": None, "ckpt": None,
-             "class_names": "names.txt", "template": "a {}", "resize": "none"}
+             "class_names": "names.txt", "template": "a {}", "resize": "none", "protocol": "ttc",
+             "interpolation": "bicubic"}
     same = {"workers": 1, "batch_size": 7, "out": "elsewhere", "overwrite": None, "examples": None,
             "save_adv": "adv", "export": "clip"}
     assert {*other, *same} == {action.dest for action in make_parser()._actions} - {"help"}

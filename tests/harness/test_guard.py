@@ -82,7 +82,7 @@ SAID = {
         "last_blocks": (("--last-blocks", 1), "belongs to --adapt partial"),
         "tokens": (("--tokens", 3), "belongs to --adapt token-prompt"),
         "dataset": (("--dataset", "folder:{}/one"), "only one class|no train images"),
-        "epochs": (("--epochs", 0), "at least 1"), "eval_steps": (("--eval-steps", 3), r"PGD-3, linf"),
+        "epochs": (("--epochs", 0), "above 0"), "eval_steps": (("--eval-steps", 3), r"PGD-3, linf"),
         "init": (("--init", "{}/two-lines"), "is not a checkpoint|damaged"),
         "labels": (("--labels", "pseudo"), "% of the pseudo-labels are the true ones"),
         "loss": (("--loss", "imgcoadv", "--accumulate", 8), "one alone has no others"),

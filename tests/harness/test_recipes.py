@@ -5,6 +5,8 @@ import pytest
 from conftest import ROOT
 from test_options import training
 
+from tasks.protocols import PROTOCOLS
+
 
 def recipe(loss):
     """The settled options of the one command in docs/method.md that trains with a loss."""
@@ -22,7 +24,8 @@ def test_fares_recipe_is_the_one_of_its_authors():
     assert (args.norm, args.eps, args.steps, args.step_size) == ("linf", 4, 10, 1)
     assert (args.epochs, args.batch_size, args.warmup, args.adapt) == (2, 128, 1400, "full")
     # about 20,000 steps
-    assert args.epochs * (1_281_167 // args.batch_size) == 20_018 and args.resize == 224
+    assert args.epochs * (1_281_167 // args.batch_size) == 20_018
+    assert PROTOCOLS[args.protocol].resize == 224 and args.interpolation == "bicubic"
 
 
 @pytest.mark.parametrize("loss,lr,batch_size", [("pmg", 5e-5, 256), ("agft", 4e-4, 256), ("tga", 1e-4, 128)])

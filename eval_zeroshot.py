@@ -237,7 +237,8 @@ def evaluate_command(parser, args, device, alpha):
                    "seed": args.seed, "last_iterate": args.last_iterate, "steps": args.steps,
                    "step_size": args.step_size / 255, "queries": args.queries}
         run = EvaluationRun(parser, args, known, tasks, missing, protocol(options), device) if tasks else None
-        label = (args.ckpt or f"{args.model} {args.pretrained}") + f", α = {alpha:g}," * (alpha != 1)
+        label = args.ckpt or " ".join(filter(None, (args.model, args.pretrained)))
+        label += f", α = {alpha:g}," * (alpha != 1)
         if run and run.finished and not (args.export or args.examples):
             return run.report(label, run.finished)
 

@@ -48,12 +48,14 @@ def config_beside(path):
         config = json.loads(file.read_text())
         sizes = [config["model_cfg"][tower] for tower in ("vision_cfg", "text_cfg")]
         constants = config.setdefault("preprocess_cfg", {})
-        numbers = [[*map(float, constants.get(name) or [.5] * 3)] for name in ("mean", "std")]
-        fine = all(isinstance(part, dict) for part in sizes) and [*map(len, numbers)] == [3, 3]
+        mean, std = ([*map(float, constants.get(name) or [.5] * 3)] for name in ("mean", "std"))
+        fine = all(isinstance(part, dict) for part in sizes) and len(mean) == len(std) == 3
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         fine = False
     if not fine:
         raise ValueError(f"{file} is not a configuration of open_clip's, with model_cfg and preprocess_cfg")
+    if not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(mean, std)):
+        raise ValueError(f"{file}: mean {mean} and std {std} are not of pixels in [0,1]")
     return config
 
 
@@ -292,6 +294,8 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
     from toy import pretrain
     if name == "toy":
         pretrain.register()
+    if name == "toy" and pretrained and Path(pretrained).resolve().parent == Path(pretrain.__file__).parent:
+        pretrained = Path(pretrained).stem      # of those that ship, which are packed
     if name == "toy" and not (pretrained == "none" or pretrained and os.path.isfile(pretrained)):
         pretrained = str(pretrain.pretrained_file(pretrain.seed_of(pretrained) if pretrained else seed))
     file = weights_in(name.removeprefix(LOCAL_DIR)) if name.startswith(LOCAL_DIR) else pretrained
@@ -310,14 +314,19 @@ def load_clip(name, pretrained=None, device="cpu", seed=0):
             clip.load_state_dict(theirs)
     except Exception as error:                  # open_clip raises many kinds, some over many lines
         said = " ".join(str(error).split())[:200] or type(error).__name__
+        if "weights_only" in said:              # PyTorch's advice is to run the code in it
+            said = "it is no file of weights, or has more in it than those"
         other = (". A checkpoint of a training run, or an image encoder alone, is given as --ckpt, in "
                  "training as --init") * bool(pretrained and file)
-        raise ValueError(f"cannot load {what}--model {name} --pretrained {pretrained}: {said}{other}"
-                         ) from None
+        given = f" --pretrained {pretrained}" * bool(pretrained)
+        raise ValueError(f"cannot load {what}--model {name}{given}: {said}{other}") from None
     finally:
         logging.disable(logging.NOTSET)
     visual = clip.visual
-    refuse_openai_weights_without_quickgelu(clip, clip.state_dict(), f"--pretrained {pretrained}", name)
+    refuse_openai_weights_without_quickgelu(clip, clip.state_dict(), file or f"--pretrained {pretrained}",
+                                            name)
+    if file and not theirs and not str(file).endswith(".npz"):          # of big_vision's
+        check_positions(clip, file)
     if file and pretrained:                     # then open_clip knows nothing of it
         changed = said_otherwise(clip, said_beside(file))
         visual.preprocess_cfg |= changed
@@ -374,6 +383,18 @@ def weights_of_transformers(path):
     return None if found is state else found
 
 
+def check_positions(clip, file):
+    """ValueError if the positional embeddings in a file of weights are of another shape than the CLIP's, as
+    of another resolution: open_clip interpolates them, and says so nowhere."""
+    from open_clip.factory import load_state_dict
+    state, here = load_state_dict(file), clip.state_dict()
+    for name in ("visual.positional_embedding", "positional_embedding"):
+        saved, wanted = (tuple(s[name].shape) if name in s else None for s in (state, here))
+        if saved and wanted and saved != wanted:
+            raise ValueError(f"{file} has a {name} of {saved}, and its configuration wants {wanted}: of "
+                             "another resolution or length of text")
+
+
 def are_openai_weights(state):
     """Whether a CLIP's text tower, {open_clip's name: tensor}, is OpenAI's, which was trained with QuickGELU.
 
@@ -395,7 +416,9 @@ def refuse_openai_weights_without_quickgelu(clip, state, source, name):
     # in the whole CLIP: a ResNet's image encoder has none
     if QuickGELU not in map(type, clip.modules()) and are_openai_weights(state):
         raise ValueError(f"QuickGELU mismatch: the text encoder of {source} is OpenAI's, trained with "
-                         f"QuickGELU, which --model {name} lacks: take --model {name}-quickgelu")
+                         f"QuickGELU, which --model {name} lacks: " + (
+                             f"say quick_gelu in its {CONFIG}" if name.startswith(LOCAL_DIR) else
+                             f"take --model {name}-quickgelu"))
 
 
 # ------------------------------------------------------------------------------ pixels → features

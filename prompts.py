@@ -55,9 +55,10 @@ def fill(template, name):
 # what says nothing to a text encoder, as a whole name after `clean_class_name`
 MEANINGLESS = {
     "numbers": r"[-+\d.,]*\d[\d.,]*",
-    "numbered, not named": r"c\d+|(cls|class|label|category|id|folder|object|species) ?\d+",
+    "numbered, not named": r"c\d+|(cls|class|label|category|id|folder|fold|object|species) ?\d+",
     "WordNet ids, none of ImageNet's": r"n\d{8}", "ids": r"q\d+|[mg][ .]0[a-z0-9 ]+",
-    "hashes": r"(?=[ a-z]*\d)(?=[ \d]*[a-f])[0-9a-f]{7,}( [0-9a-f]{4,})*", "empty": r"\W*"}
+    "hashes": r"(?=[ a-z]*\d)(?=[ \d]*[a-f])[0-9a-f]{7,}( [0-9a-f]{4,})*",
+    "without letters or digits": r"\W*"}
 
 
 def prompt_warnings(tokenizer, class_names, template):
@@ -70,6 +71,10 @@ def prompt_warnings(tokenizer, class_names, template):
         del kinds["numbers"]
     said = [f"{len(found)} of {len(class_names)} class names are {kind}: {listed(found)}; --class-names FILE "
             "gives others" for kind, found in kinds.items() if found]
+    if not said and len({re.sub(r"\d+", "", name) for name in class_names}) == 1 < len(class_names) and (
+            "numbers" in kinds):
+        said = [f"all class names differ in numbers alone: {listed(class_names)}; --class-names FILE gives "
+                "others"]
     groups = [range(len(class_names))]                  # of classes that no template so far tells apart
     for template in templates:
         parts = defaultdict(list)

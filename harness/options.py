@@ -4,6 +4,7 @@ A run's name and identity come from every option that can change a result: each 
 where it is added (result=False), so that a new one is part of both unless somebody says otherwise.
 """
 import argparse
+import math
 import os
 import re
 import sys
@@ -219,6 +220,8 @@ def length(least, strict=False):
         try:
             # N * (255 / 255) is N to the bit; else 0.0313725490196/1 is 8 as well
             times = 255 / float(below) if slash else 1
+            if not 0 < times < math.inf:
+                raise ValueError
             return plain(float(above) if times == 1 else float(f"{float(above) * times:.12g}"))
         except (ValueError, ZeroDivisionError):
             raise argparse.ArgumentTypeError(f"expected a number in 1/255, as 8, or with its unit, as 8/255 "

@@ -72,7 +72,7 @@ def end_in_one_line(kind, error, trace):
 
 def check_environment():
     """ValueError if some of torchrun's variables are set, and others not, or make no sense together."""
-    there = {name: os.environ[name] for name in TORCHRUN if name in os.environ}
+    there = {name: os.environ[name] for name in TORCHRUN if os.environ.get(name)}
     numbers = {name: told(name, -1) for name in TORCHRUN[:4] if name in there}
     wrong = [name for name, number in numbers.items() if number < 0]
     alone = numbers.get("RANK", 0) == numbers.get("LOCAL_RANK", 0) == 0 and numbers.get("WORLD_SIZE", 1) == 1

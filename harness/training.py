@@ -575,7 +575,7 @@ def start_of(args):
 def hopeless(args, total_steps, warmup):
     """What keeps a run from training, in words: a list."""
     found = [] if args.lr else ["--lr 0: nothing is trained"]
-    if total_steps <= warmup:
+    if total_steps < warmup:
         found.append(f"the run ends after {total_steps:,} steps, inside its warm-up of {warmup:,}: the "
                      f"learning rate gets to {100 * total_steps / warmup:.3g} % of --lr")
     return found

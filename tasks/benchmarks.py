@@ -93,12 +93,18 @@ def _lines(path):
 def listed_tars(folder):
     """The tars in a folder, 9.tar before 10.tar. ValueError, in one line: some are compressed."""
     files = [file for file in folder.iterdir() if file.name[0] != "."]
-    packed = [file for file in files if re.search(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", file.name.lower())]
+    packed = [file for file in files
+              if re.search(r"\.(tar\.(gz|bz2|xz|zst|lz4|z|br)|tgz|tbz2?|txz|tzst)$", file.name.lower())]
     if packed:
         raise ValueError(f"{printable(packed[0])} is compressed: unpack it, with gunzip or the like; images "
                          "are read in any order")
-    tars = [file for file in files if file.suffix == ".tar"]
+    tars = [file for file in files if file.suffix.lower() == ".tar"]
     return sorted(tars, key=lambda tar: (len(tar.name), tar.name))
+
+
+def split_of_tar(tar):
+    """The split that a tar's name says, as x-train-00.tar does; or None."""
+    return next(filter(None, map(split_of, re.split("[^A-Za-z]+", tar.name))), None)
 
 
 def tars_of(path, split):
@@ -109,8 +115,12 @@ def tars_of(path, split):
         found = splits_in(path, listed_tars)
         part = taken(found, split, path) if "all" not in found else split
         path = found.get(part, path / "test")
-        return path, listed_tars(path) if path.is_dir() else [], part
-    of_tar = {tar: next(filter(None, map(split_of, re.split("[^A-Za-z]+", tar.name))), None) for tar in tars}
+        tars = listed_tars(path) if path.is_dir() else []
+        strange = [tar for tar in tars if split_of_tar(tar) not in (None, part)]
+        if strange and part in found:
+            raise ValueError(f"{path} holds {strange[0].name}, of another split by its name")
+        return path, tars, part
+    of_tar = {tar: split_of_tar(tar) for tar in tars}
     if len({*of_tar.values()}) == 1:
         part = of_tar[tars[0]] or split_of(path.name) or "all"
         if split == "train" != part:

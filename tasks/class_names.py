@@ -2,6 +2,7 @@
 those of --class-names and --template."""
 import functools
 import os
+import re
 from pathlib import Path
 
 from prompts import clean_class_name
@@ -75,11 +76,15 @@ def read_template(text):
     """--template: a text with {} or {c} for the class name, as `fill` takes it; or a file with one a line, a
     list: an ensemble. ValueError, in one line."""
     lines = _lines(text, "--template") if os.path.isfile(text) else [text]
-    lines = [line.strip() for line in lines]
-    wrong = [line for line in lines if "{}" not in line and "{c}" not in line]
+    lines = [line.strip() for line in lines if not (os.path.isfile(text) and line.startswith("# "))]
+    # without the places for the name; in a line of Python {c} is none
+    rests = {line: re.sub(r"\{\}" if "lambda" in line else r"\{c?\}", "", line) for line in lines}
+    wrong = [line for line, rest in rests.items() if rest == line or re.search("[{}]", rest)]
     if wrong:
         what = "" if os.path.isfile(text) else ", which is no file either"
-        raise ValueError(f"--template: {printable(wrong[0])!r} has no {{}} for the class name{what}")
+        raise ValueError(f"--template: {printable(wrong[0])!r} has no {{}} for the class name{what}"
+                         if rests[wrong[0]] == wrong[0] else
+                         f"--template: {printable(wrong[0])!r} has more braces than {{}} for the class name")
     return lines if len(lines) > 1 else lines[0]
 
 
@@ -107,6 +112,15 @@ def named(classes, found, name):
         if len(found) != len(classes):
             raise ValueError(f"--class-names has {len(found)} names, {name} has {len(classes)} classes: "
                              f"{printable(', '.join(classes[:5]))}{', …' * (len(classes) > 5)}")
+        moved = [(c, name) for c, name in zip(classes, found) if name != c and name in classes]
+        if moved:
+            raise ValueError(f"--class-names gives the class {printable(moved[0][0])} the name of another, "
+                             f"{printable(moved[0][1])}: for another order give lines of folder<TAB>name")
+        begun = [name for c, name in zip(classes, found)
+                 if re.split(r"[\s,:;]", name)[0] in {*classes} - {c} and not name.startswith(c)]
+        if len(begun) > 1:
+            raise ValueError(f"--class-names: {printable(begun[0])!r} begins with the name of another "
+                             "folder: between folder and name stands a <TAB>")
         return found
     missing = [c for c in classes if c not in found]
     if missing:

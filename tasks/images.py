@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from tasks.splits import split_of
+from tasks.splits import split_of, visible
 
 FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"    # not EPS, for which PIL starts Ghostscript
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")    # torchvision's
-BITS_PER_SAMPLE = 258                                           # a tag of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262                         # tags of TIFF; of the second 0: 0 is white
 MOST_BYTES = 2**30                                              # of a file with one image
 # what a network disk says for a moment, and how long to wait each time before asking again, in seconds
 TRANSIENT = {getattr(errno, name, None) for name in (
@@ -107,7 +107,9 @@ def rgb(source):
         if image.mode.startswith("I"):           # I;16 and its byte orders; what PIL has scaled to 16 bits: I
             if bits != 16:
                 raise ValueError(f"{bits}-bit pixels: save them with 8 or 16 bits")
-            image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+            grey = np.rint(np.asarray(image) / 257).clip(0, 255)
+            negative = image.mode != "I" and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
+            image = Image.fromarray((255 - grey if negative else grey).astype(np.uint8))
         return image.convert("RGB")
 
 
@@ -246,7 +248,10 @@ class Folder(Images):
             raise ValueError(f"no such folder: {shown}")
         try:
             with os.scandir(self.root) as entries:
-                self.classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+                entries = [*entries]
+            self.classes = sorted(entry.name for entry in entries if visible(entry))
+            # beside the classes: of no class
+            others += [entry.path for entry in entries if entry.is_file() and is_image(entry.name)]
             for label, name in enumerate(self.classes):
                 files = files_under(self.root / name)
                 images = [(file, label) for file in files if is_image(file)]
@@ -263,8 +268,8 @@ class Folder(Images):
         except (ValueError, OSError) as error:
             raise ValueError(f"{shown} is not a folder of <class>/<image>: {one_line(error)}") from None
         if others:
-            say_once(f"{len(others):,} files under {shown} are left out, their names are not those of "
-                     f"images: {printable(others[0])}{', …' if len(others) > 1 else ''}")
+            say_once(f"{len(others):,} files under {shown} are left out, they are in no class's folder, or "
+                     f"not called like images: {printable(others[0])}{', …' if len(others) > 1 else ''}")
         super().__init__(path, samples, size, resize, interpolation)
 
     def file(self, index):
@@ -386,7 +391,10 @@ class Shards(ImageSet):
     def label(self, index):
         """ValueError: it is neither a number nor the name of a class."""
         text = " ".join(self.source(index, 1).read().decode("utf-8", "replace").split())
-        label = int(text) if text.lstrip("-").isdecimal() else self.numbers.get(text.lower())
+        number = text.lstrip("-").isdecimal()
+        label = int(text) if number else self.numbers.get(text.lower())
+        if number and self.numbers.get(text, label) != label:
+            raise ValueError(f"its label {text} is a class's number and another class's name")
         if label is None:
             raise ValueError(f"its label {printable(text[:60])!r} is neither a number nor one of the classes")
         return label - (self.left_out is not None and label > self.left_out)

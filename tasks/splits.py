@@ -1,10 +1,13 @@
 """Splits: which part of a data set is adapted on, and which is evaluated on."""
+import re
 from collections import defaultdict
 from itertools import count
 
-NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"),
+NAMES = {"train": ("train", "training", "trn"), "val": ("val", "valid", "validation", "dev", "eval"),
          "test": ("test", "testing")}
 OF_NAME = {name: split for split, names in NAMES.items() for name in names}
+# what may follow: train_images, val2017
+MORE = re.compile(r"[ _-]?(set|split|data|images?|imgs?)?[ _-]?(\d{4})?")
 FIFTH = 5
 # "all": of what is not split, which can be evaluated on and never trained on
 TAKEN = {"train": ("train",), "val": ("val", "test", "all")}
@@ -24,7 +27,14 @@ def held_out(labels):
 
 def split_of(name):
     """The split that a folder of this name holds, "train", "val" or "test"; None: it is no split's name."""
-    return OF_NAME.get(name.lower())
+    name = name.strip().lower()
+    return next((OF_NAME[word] for word in sorted(OF_NAME, key=len, reverse=True)
+                 if name.startswith(word) and MORE.fullmatch(name, len(word))), None)
+
+
+def visible(entry):
+    """Whether an entry is a folder that somebody made: hidden ones, and __MACOSX of a Mac's zips, are not."""
+    return entry.is_dir() and entry.name[0] != "." and entry.name != "__MACOSX"
 
 
 def listed(names, most=6):
@@ -39,7 +49,7 @@ def splits_in(root, holds_images, classes=()):
     holds_images(folder): whether one that has no split's name could be a class. classes: the names of folders
     that are classes whatever they are called. ValueError, in one line that lists what is there: two folders
     of one split, or splits beside classes."""
-    folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    folders = sorted(entry.name for entry in root.iterdir() if visible(entry))
     splits = [name for name in folders if split_of(name) and name not in classes]
     found = {split_of(name): root / name for name in splits}
     others = [name for name in folders if name not in splits and holds_images(root / name)] if splits else ()

@@ -50,6 +50,8 @@ def split_folder(name, split, data_root=None, classes=()):
     splits = splits_in(root, holds_images if name != "imagenet" else lambda folder: False, classes)
     if name == "imagenet" and "all" in splits:
         raise NoSplit(f"no such folder: {root / split}")
+    if "all" in splits and split == split_of(root.name) == "train":      # a split's own folder
+        return root, split
     part = taken(splits, split, root)
     return splits[part], split_of(root.name) or part if part == "all" else part
 

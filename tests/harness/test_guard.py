@@ -89,7 +89,7 @@ SAID = {
         "lr": (("--lr", 0), "nothing is trained"),
         "max_steps": (("--max-steps", 1, "--warmup", 2), "inside its warm-up"),
         "optimizer": (("--optimizer", "adam"), "invalid choice"),
-        "shots": (("--shots", 1), "on digits: 10 images"),
+        "shots": (("--shots", 1), "Adapting on digits: 10 images"),
         "warmup": (("--warmup", 9), "inside its warm-up of 9"),
         "weight_decay": (("--weight-decay", "nan"), "at least 0")},
     EVALUATE: BOTH | {
@@ -136,9 +136,9 @@ def test_every_option_that_can_change_a_number_says_so(script, inputs, tmp_path)
 
 
 @pytest.mark.parametrize("script", PARSERS)
-def test_values_of_every_kind_for_every_option(script, inputs, tmp_path, monkeypatch):
+def test_values_of_every_kind_for_every_option(script, inputs, monkeypatch, tmp_path):
     """One for each, drawn once: a number whose condition is said, or status 2 and one line."""
-    monkeypatch.chdir(tmp_path)                             # where --export writes
+    monkeypatch.chdir(tmp_path)                             # some of them are folders to write to
     values = ["0", "1", "3", "-1", "0.5", "nan", "1e9", "", "x", "8/255", "a\nb", "$$", "none", "all", "auto",
               f"{inputs}", f"{inputs}/two-lines", f"folder:{inputs}/digits", "/dev/null", "fp32", "a {} {}"]
     rng, statuses = random.Random(1), set()

@@ -102,6 +102,21 @@ def test_a_damaged_configuration_is_one_line(folder, text):
         configure(folder, wrong)
         with pytest.raises(ValueError, match="is not a configuration of open_clip's"):
             image_size(f"local-dir:{folder}")
+    for wrong in ({"mean": [123, 117, 104]}, {"std": [.2, .2, 0]}, {"std": [58, 57, 57]}):
+        configure(folder, wrong)
+        for name, pretrained in (("toy", file), (f"local-dir:{folder}", None)):
+            with pytest.raises(ValueError, match="are not of pixels in"):
+                image_size(name, pretrained)
+
+
+def test_positions_of_another_resolution_are_an_error(folder):
+    """open_clip would interpolate them, of a whole model in a folder too."""
+    load_clip(f"local-dir:{folder}")
+    for changed, said in (({"vision_cfg__image_size": 64}, r"visual.positional_embedding of \(17, .*\(65"),
+                          ({"text_cfg__context_length": 20}, "positional_embedding of")):
+        configure(folder, **changed)
+        with pytest.raises(ValueError, match=said):
+            load_clip(f"local-dir:{folder}")
 
 
 def test_a_folders_weights_are_those_that_open_clip_takes(tmp_path):

@@ -25,14 +25,18 @@ def test_imagenet_has_a_thousand_names_and_none_twice():
 def test_head_is_the_normalised_text_embedding_of_each_prompt(capsys):
     clip, tokenizer = load_clip("toy", "none")
     # more than one chunk
-    names = [f"dog {i}" for i in range(300)]
+    names = [f"{('dog', 'cat')[i % 2]} {i}" for i in range(300)]
     head = encode_head(clip, tokenizer, names, "A photo of a {}.")
     assert head.shape == (300, 64) and head.dtype == torch.float32 and not head.requires_grad
     assert torch.allclose(head.norm(dim=1), torch.ones(300), atol=1e-5)
     for i in (0, 299):
-        alone = clip.encode_text(tokenizer([f"A photo of a dog {i}."]))[0]
+        alone = clip.encode_text(tokenizer([f"A photo of a {names[i]}."]))[0]
         assert torch.allclose(head[i], alone / alone.norm(), atol=1e-5)
     assert capsys.readouterr().err == ""
+    for names, warned in ((["dog 1", "dog 2"], True), (["dog 1", "cat 2"], False), (["dog", "cat"], False)):
+        found = prompt_warnings(tokenizer, names, "a {}")
+        assert [text.startswith("all class names differ in numbers alone: 'dog 1'") for text in found] == (
+            [True] if warned else [])
 
 
 def test_repeated_prompts_are_reported(capsys):

@@ -34,7 +34,11 @@ def test_files_of_class_names(file):
 
 
 def test_templates(file):
-    assert read_template("a {} {x} 100 %") == "a {} {x} 100 %"
+    assert read_template("a {} 100 %") == "a {} 100 %"
+    assert read_template(file("# of a paper {}\na {}.\n")) == "a {}."
+    for text in ("a {} {x}", "a {}, class {0}", "{{}}", "lambda c: f'a {c} {}.',", '{"a {}"'):
+        with pytest.raises(ValueError, match="more braces than {} for"):
+            read_template(text)
     assert read_template(file("a {}.\nthe {c}.\n")) == ["a {}.", "the {c}."]
     assert read_template(file("a {}.\n")) == "a {}."
     for text in ("a photo of a cat", "/nowhere.txt"):
@@ -72,6 +76,12 @@ def test_names_of_a_folder(folder, file):
         names("sausage\nfish\n")
     with pytest.raises(ValueError, match="no line for 1 of the 3 classes of folder:.*: n02012849$"):
         names("Hot-Dog\tsausage\nn01440764\tfish\n")
+    # the folders' own names, in another order; and no tab
+    for content in ("n01440764\nHot-Dog\nn02012849\n", "n02012849 bird\nHot-Dog sausage\nn01440764 fish\n",
+                    "n02012849,bird\nHot-Dog,sausage\nn01440764,fish\n"):
+        with pytest.raises(ValueError, match="<TAB>"):
+            names(content)
+    assert names("Hot-Dog\nfish\nbird\n")[0] == ["Hot-Dog", "fish", "bird"]
     words = {name: (None, ["a {}", "the {}"])}
     task = load_task(name, "val", size=8, words=words)
     assert task.template == ["a {}", "the {}"] and task.class_names[1] == "tench"

@@ -58,6 +58,17 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path, dtype, mode, kind):
     assert np.array_equal(np.asarray(rgb(tmp_path / f"a.{kind}")), expected)
 
 
+def test_sixteen_bits_of_which_zero_is_white(tmp_path):
+    grey = np.linspace(0, 65535, 64).astype("<u2").reshape(8, 8)
+    for zero_is_white in (False, True):
+        Image.frombytes("I;16", (8, 8), grey.tobytes()).save(
+            tmp_path / "a.tif", tiffinfo={262: 0 if zero_is_white else 1})
+        with Image.open(tmp_path / "a.tif") as image:
+            assert image.tag_v2[262] == 1 - zero_is_white
+        seen = np.asarray(rgb(tmp_path / "a.tif"))[..., 0]
+        assert np.array_equal(seen, np.rint((65535 - grey.astype(float) if zero_is_white else grey) / 257))
+
+
 def test_a_thin_image_is_its_middle(tmp_path, monkeypatch):
     resize, areas = Image.Image.resize, []
     monkeypatch.setattr(Image.Image, "resize", lambda image, size, *words, **more: (
@@ -204,12 +215,15 @@ def test_what_is_left_out_of_a_folder_is_said_once(tmp_path, capsys, monkeypatch
             (tmp_path / name / file).write_bytes(png())
     for file in ("notes.txt", "photo.dat"):
         (tmp_path / "b" / file).write_text("x")
+    (tmp_path / "loose.png").write_bytes(png())
+    (tmp_path / "classes.csv").write_text("x")
     for _ in range(2):
         task = load_task(f"folder:{tmp_path}", "val", size=8)
         assert task.class_names == ["a", "b"] and [task.images.path(i) for i in range(len(task.images))] == [
             f"{tmp_path}/a/x.png", f"{tmp_path}/b/sub/x.png"]
-    assert capsys.readouterr().out == (f"2 files under {tmp_path} are left out, their names are not those of "
-                                       f"images: {tmp_path}/b/notes.txt, …\n")
+    assert capsys.readouterr().out == (
+        f"3 files under {tmp_path} are left out, they are in no class's folder, or not called like images: "
+        f"{tmp_path}/loose.png, …\n")
     say_once.cache_clear()
     monkeypatch.setenv("RANK", "1")
     load_task(f"folder:{tmp_path}", "val", size=8)

@@ -91,6 +91,14 @@ def test_labels_that_are_texts(tmp_path):
         (3, 2, "0.tar/a.png")]
 
 
+def test_a_label_of_two_meanings_is_left_out(tmp_path):
+    members = [member for i in range(3) for member in ((f"{i}.png", grey(i)), (f"{i}.txt", b"%d" % i))]
+    (first, *others) = shards(tmp_path, *members, classes="0\n2\n1\n")
+    assert first == (0, 0, "0.tar/0.png")
+    assert others == [f"its label {i} is a class's number and another class's name" for i in (1, 2)]
+    assert shards(tmp_path, *members, classes="0\n1\n2\n")[2] == (2, 2, "0.tar/2.png")
+
+
 @pytest.mark.parametrize("kind,ext", [("png", "PNG"), ("tiff", "tif"), ("ppm", "pgm"), ("bmp", "bmp"),
                                       ("gif", "gif"), ("jpeg", "JPEG"), ("webp", "webp"), ("png", "img")])
 def test_every_kind_of_image(tmp_path, kind, ext):
@@ -106,6 +114,11 @@ def test_compressed_shards_are_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=f"{tmp_path}/test/{name} is compressed: unpack it"):
             seen(tmp_path)
         (tmp_path / "test" / name).unlink()
+    for name in ("0.tar.md5", "0.tar.idx", "readme.md"):    # beside them, and of no account
+        (tmp_path / "test" / name).write_text("x")
+    tar.rename(tar.with_suffix(".TAR"))
+    assert seen(tmp_path) == [(1, 1, "0.TAR/a.png")]
+    tar.with_suffix(".TAR").rename(tar)
     # whatever it is called
     tar.write_bytes(gzip.compress(tar.read_bytes()))
     with pytest.raises(ValueError, match=f"{tar} is compressed: unpack it with gunzip"):

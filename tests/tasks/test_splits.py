@@ -23,7 +23,9 @@ def greys(name, split, **more):
     (("train", "valid"), 1, "val"), (("train", "val", "test"), 1, "val"),
     (("train", "valid", "test"), 1, "val"),
     (("Training", "VALIDATION"), 1, "val"), (("TRAIN", "Dev", "Testing"), 1, "val"),
-    (("train", "test"), 1, "test"), (("training", "testing"), 1, "test")])
+    (("train", "test"), 1, "test"), (("training", "testing"), 1, "test"),
+    (("train_set", "test_set"), 1, "test"), (("train2017", "val2017"), 1, "val"),
+    (("Train Images", "Test-Data"), 1, "test"), (("trn", "eval"), 1, "val"), (("train ", "val "), 1, "val")])
 def test_the_usual_names_of_splits_are_no_classes(tmp_path, names, evaluated, split):
     for value, name in enumerate(names):
         write_classes(tmp_path / name, value)
@@ -31,6 +33,7 @@ def test_the_usual_names_of_splits_are_no_classes(tmp_path, names, evaluated, sp
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "a.xml").write_text("<a/>")
     (tmp_path / "classes.txt").write_text("cat")
+    write_classes(tmp_path / "__MACOSX", 9)
     assert greys(f"folder:{tmp_path}", "val") == ({evaluated}, ["cat", "dog"], split)
     assert greys(f"folder:{tmp_path}", "train") == ({0}, ["cat", "dog"], "train")
 
@@ -43,6 +46,7 @@ def test_what_is_not_split_can_be_evaluated_on_alone(tmp_path):
     # a split's own folder was asked for
     assert greys(f"folder:{tmp_path / 'set' / 'train'}", "val") == ({8}, ["cat", "dog"], "train")
     assert greys(f"folder:{tmp_path / 'tests'}", "val") == ({9}, ["cat", "dog"], "test")
+    assert greys(f"folder:{tmp_path / 'set' / 'train'}", "train") == ({8}, ["cat", "dog"], "train")
     for name, split, said in (("all", "train", "no train images, only unsplit ones"),
                               ("set", "val", "no val or test images, only train"),
                               ("tests", "train", "no train images, only test")):
@@ -119,3 +123,7 @@ def test_splits_of_shards(tmp_path):
     (tmp_path / "mine" / "test" / "0.tar").rename(flat / "more.tar")
     with pytest.raises(ValueError, match="x-train-0.tar, of a split by its name, beside other shards"):
         labels("val", flat)
+    # in the folder of another
+    (flat / "x-train-0.tar").rename(tmp_path / "mine" / "valid" / "train-0.tar")
+    with pytest.raises(ValueError, match="valid holds train-0.tar, of another split by its name"):
+        labels("val")

@@ -101,7 +101,7 @@ def section(measured, results):
     notes = [f"- warning: {named[name]}: {escaped(text)}\n"
              for name, row in results["tasks"].items() for text in row["warnings"]]
     how = completed(config) | {"template": without_place(config.get("template"))}
-    head = f"{protocol_words(argparse.Namespace(**how))}: {measured}"
+    head = f"{protocol_words(argparse.Namespace(**how), results.get('measured_as'))}: {measured}"
     notes += [f"- {line}" for line in [outside_the_mean(results["tasks"], how["protocol"])] if line]
     return (f"**{escaped(head)}**, with PyTorch {escaped(config['torch'])} on "
             f"{escaped(config['hardware'])}:\n\n"

@@ -196,7 +196,8 @@ class EvaluationRun:
             self.journal.close()                        # Windows replaces no open file
             write_journal(self.out, self.identity, self.images, self.records)
             os.close(self.locked)
-        print(f"\n{label} under {protocol_words(self.args)}: {self.protocol}\n\n{full_table(results)}\n"
+        how = protocol_words(self.args, measured_as(self.args))
+        print(f"\n{label} under {how}: {self.protocol}\n\n{full_table(results)}\n"
               + outside_the_mean(results["tasks"], self.args.protocol))
         for name, row in results["tasks"].items():
             if self.tasks[name].source:                 # not the row's: they may have moved since

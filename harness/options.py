@@ -362,13 +362,17 @@ def measured_as(args):
             "steps": getattr(args, "eval_steps", args.steps)}
 
 
-def protocol_words(args):
-    """The name of the protocol, and what options beside it set otherwise, for a table's head."""
+def protocol_words(args, measured=None):
+    """The name of the protocol, and what options beside it, or the model, set otherwise, for a table's head.
+    measured: of `measured_as`, if it was recorded."""
     rules = PROTOCOLS[args.protocol]
     usual = {"resize": None, "interpolation": rules.interpolation, "templates": rules.templates,
              "template": None}
     values = [(word, getattr(args, word, value)) for word, value in usual.items()]
     others = [f"--{word} {value}" for word, value in values if value != usual[word]]
+    own = (measured or {}).get("resize")
+    if own in ("squash", "longest") and args.resize is None:
+        others.append(f"the model's own --resize {own}")
     return f"protocol {args.protocol}" + f" with {' '.join(others)}" * bool(others)
 
 

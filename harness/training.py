@@ -542,7 +542,7 @@ class TrainingRun:
         config = after["config"]
         if after["tasks"]:
             steps, eps = config["eval_steps"], config["eps"] / 255
-            how = protocol_words(argparse.Namespace(**completed(config)))
+            how = protocol_words(argparse.Namespace(**completed(config)), after.get("measured_as"))
             print(f"\n{how}: PGD-{steps}, {ball(config['norm'], eps, eps / min(4, steps))}\n")
             tables = ({"CLIP": before} if before else {}) | {config["loss"]: after}
             print(markdown_table(tables, after.get("adapted", ())))

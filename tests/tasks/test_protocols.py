@@ -13,7 +13,7 @@ from torchvision.datasets import cifar, flowers102
 from writers import aircraft, caltech101, cifar10, flowers, hateful_memes, imagenet, stl10, write_shards
 
 from eval_zeroshot import make_parser
-from harness.options import completed, differences, measured_as, protocol_words
+from harness.options import completed, data_options, differences, measured_as, protocol_words
 from prompts import fill
 from tasks.benchmarks import OWN_WORDS, counts
 from tasks.make_cache import make_cache
@@ -231,6 +231,16 @@ def test_what_a_protocol_sets_and_what_overrides_it():
     found = measured_as(args)
     assert (found["resize"], found["interpolation"], found["templates"]) == (230, "bilinear", "paper")
     assert {"interpolation", "resize", "steps"} < {*parser.unusual(args)}
+
+
+def test_a_models_own_squashing_goes_before_a_protocols_shorter_side():
+    siglip = "--model", "ViT-B-16-SigLIP", "--pretrained", "webli", "--protocol", "fare"
+    args = settled(*siglip)[1]
+    assert data_options(args, [])["resize"] == measured_as(args)["resize"] == "squash"
+    assert protocol_words(args, measured_as(args)) == "protocol fare with the model's own --resize squash"
+    args = settled(*siglip, "--resize", "224")[1]
+    assert data_options(args, [])["resize"] == measured_as(args)["resize"] == 224
+    assert protocol_words(args, measured_as(args)) == "protocol fare with --resize 224"
 
 
 def test_runs_of_earlier_versions_were_bicubic():

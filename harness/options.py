@@ -231,7 +231,7 @@ def length(least, strict=False):
 
 def passes(text):
     """A number of passes over a data set, above 0: an int if it is whole."""
-    value = number(float, 0, strict=True)(text)
+    value = number(float, 0, strict=True, most=10**6)(text)
     return int(value) if value == int(value) else value
 
 

@@ -13,7 +13,7 @@ def test_passes_over_the_data_set():
     for text, value in (("2", 2), ("2.0", 2), ("0.5", .5), ("1e1", 10)):
         # an int as before, by which a run's name and identity say the same
         assert passes(text) == value and type(passes(text)) is type(value)
-    for text in ("0", "-1", "nan", "inf", "x"):
+    for text in ("0", "-1", "nan", "inf", "1e9", "x"):
         with pytest.raises((ArgumentTypeError, ValueError)):
             passes(text)
 

@@ -67,7 +67,7 @@ def prompt_warnings(tokenizer, class_names, template):
     templates = [template] if isinstance(template, str) else template
     kinds = {kind: [name for name in class_names if re.fullmatch(pattern, clean_class_name(name))]
              for kind, pattern in MEANINGLESS.items()}
-    if re.search(r"\b(number|digit|numeral)\b", templates[0].lower()):         # a photo of the digit 7
+    if re.search(r"\b(number|digit|numeral)\b", f"{templates[0]} {class_names[0]}".lower()):   # the digit 7
         del kinds["numbers"]
     said = [f"{len(found)} of {len(class_names)} class names are {kind}: {listed(found)}; --class-names FILE "
             "gives others" for kind, found in kinds.items() if found]

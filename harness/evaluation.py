@@ -21,8 +21,8 @@ from harness import files
 from harness.options import (ByModel, data_options, differences, doubts, measured_as, placeless,
                              protocol_words, unused)
 from harness.processes import DTYPES, RANK, WORLD, environment, gathered, rank0
-from harness.reports import (draw_examples, example_prompt, full_table, nothing_readable, outside_the_mean,
-                             try_to_draw)
+from harness.reports import (draw_examples, example_prompt, full_table, interval, nothing_readable,
+                             outside_the_mean, try_to_draw)
 from kernels.pgd_step import to_float
 from prompts import prompt_warnings
 from tasks.benchmarks import present
@@ -169,22 +169,22 @@ class EvaluationRun:
         if RANK == 0:
             left = [name for name in self.counts if name not in self.records]
             results["warnings"] = self.doubts + (
-                [] if left else self.warning_of_a_plain_clip(results["mean"]["robust"], results["tasks"]))
+                [] if left else self.warning_of_a_plain_clip(results))
             more = {"missing": self.missing, "unfinished": left, "warnings": results["warnings"]}
             files.write_json(self.out / "results.json", {
                 "config": vars(self.args) | environment(self.device), "protocol": self.protocol,
                 "measured_as": self.measured_as, "identity": self.identity, "tasks": results["tasks"],
                 "mean": results["mean"], **{word: value for word, value in more.items() if value}})
 
-    def warning_of_a_plain_clip(self, robust, rows):
-        """In words, in a list, that a CLIP that was never made robust looks robust; or []. robust: the
-        mean of the tasks' rows."""
-        args = self.args
+    def warning_of_a_plain_clip(self, results):
+        """In words, in a list, that a CLIP that was never made robust looks robust; or []: it does not, or
+        there are too few images to say so."""
+        args, robust, rows = self.args, results["mean"]["robust"], results["tasks"].values()
         named = args.pretrained not in (None, "none") and not Path(args.pretrained).is_file()
         strong = any(word in args.attack for word in ("apgd", "fab", "autoattack"))
         large = args.norm == "linf" and args.eps >= ByModel(1, 11)(args)
-        seen = sum(row["n"] for row in rows.values()) >= 100 and args.steps >= 10       # a few do not tell
-        shown = named and not args.ckpt and strong and large and seen and (robust or 0) > 10
+        low, _ = interval(sum(row["standing"] for row in rows), sum(row["n"] for row in rows))
+        shown = named and not args.ckpt and strong and large and low > 10 and robust > 10
         return [f"{robust:.1f} % robust for a CLIP that was never made robust: nearly 0 is expected, so the "
                 "attack may be broken"] if shown else []
 

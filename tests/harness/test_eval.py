@@ -556,9 +556,9 @@ def test_what_came_into_the_folder_while_the_model_loaded_is_not_overwritten(tmp
 def test_a_plain_clip_of_whose_images_none_can_be_read_is_not_robust(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     run = run_of("--pretrained", "seed0", "--attack", "apgd-ce")
-    many, few = ({"digits": {"n": n}} for n in (100, 99))
-    assert run.warning_of_a_plain_clip(None, many) == run.warning_of_a_plain_clip(20., few) == []
-    assert len(run.warning_of_a_plain_clip(20., many)) == 1
+    for robust, standing, n, warned in ((None, 0, 0, 0), (20., 20, 100, 1), (5., 5, 100, 0), (12.5, 1, 8, 0)):
+        results = {"mean": {"robust": robust}, "tasks": {"a": {"standing": standing, "n": n}}}
+        assert len(run.warning_of_a_plain_clip(results)) == warned
 
 
 def test_every_option_that_can_change_a_result_has_a_folder_of_its_own(monkeypatch, tmp_path):

@@ -102,7 +102,7 @@ def refuse(path, *facts):
     assert (run.out / "results.json").exists(), "results come first"
     raise RuntimeError(f"no {path.name} today")
 training.draw_curves = training.draw_examples = refuse
-examples, attacked_examples = [1], lambda *_, **how: [1]
+examples, attacked_examples = [1], lambda *_, **more: [1]
 run.finish("""
 
 

@@ -88,7 +88,7 @@ NONE = dict.fromkeys(WHOLE)
     ({"RANK": None, "LOCAL_RANK": None}, "RANK, LOCAL_RANK not set"),
     ({"MASTER_ADDR": None, "MASTER_PORT": None}, "MASTER_PORT, MASTER_ADDR not set"),
     (NONE | {"RANK": "3"}, "WORLD_SIZE, LOCAL_RANK, MASTER_PORT, MASTER_ADDR not set, but RANK=3"),
-    ({"RANK": "one"}, "RANK=one is no number"), ({"WORLD_SIZE": ""}, "WORLD_SIZE= is no number"),
+    ({"RANK": "one"}, "RANK=one is no number"), ({"WORLD_SIZE": ""}, "WORLD_SIZE not set, but RANK="),
     ({"MASTER_PORT": "-1"}, "MASTER_PORT=-1 is no number"),
     ({"RANK": "2"}, "RANK=2 and LOCAL_RANK=1 of WORLD_SIZE=2")])
 def test_half_of_torchruns_variables_are_named(monkeypatch, change, said):

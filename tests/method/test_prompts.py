@@ -33,7 +33,8 @@ def test_head_is_the_normalised_text_embedding_of_each_prompt(capsys):
         alone = clip.encode_text(tokenizer([f"A photo of a {names[i]}."]))[0]
         assert torch.allclose(head[i], alone / alone.norm(), atol=1e-5)
     assert capsys.readouterr().err == ""
-    for names, warned in ((["dog 1", "dog 2"], True), (["dog 1", "cat 2"], False), (["dog", "cat"], False)):
+    for names, warned in ((["dog 1", "dog 2"], True), (["dog 1", "cat 2"], False), (["dog", "cat"], False),
+                          (["digit 1", "digit 2"], False)):
         found = prompt_warnings(tokenizer, names, "a {}")
         assert [text.startswith("all class names differ in numbers alone: 'dog 1'") for text in found] == (
             [True] if warned else [])

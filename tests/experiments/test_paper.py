@@ -364,7 +364,8 @@ def test_attacks_are_counted_on_the_same_images(tmp_path, monkeypatch, capsys, s
     assert len(rows) == 10 and all(cells[0] == cells[3] and cells[2] == cells[5] for cells in rows.values())
     whole, fast = (f"{word}, of 3 steps and 4 queries" for word in ("autoattack", "autoattack-fast"))
     assert robust[whole] <= min(robust.values()) and robust["PGD-3"] < robust["Square-4"]
-    assert robust[whole] <= robust[fast] and float(rows[whole][2]) > float(rows[fast][2])
+    # the same, where FAB-T finds nothing standing
+    assert robust[whole] <= robust[fast] and float(rows[whole][2]) >= float(rows[fast][2])
     # theirs are given all images that are right when clean
     clean = {cells[1] for cells in rows.values() if cells[1]}
     assert len(clean) == 1 and float(*clean) >= max(robust.values())

@@ -5,7 +5,7 @@
 
 `pgd` takes objective(x, y) → loss [B] and returns the last iterate. For the others it is → (loss [B], wrong
 bool [B]), and misclassified images stop early: x_adv is then the iterate that broke the image, at int64 [B]
-its number; or else x_adv is the best iterate (of `pgd_any` the last), at −1. x_adv [B, ...] is detached, in
+its number; or else x_adv is the best iterate (of `pgd_any` the last, of `fab` x), at −1. It is detached, in
 [0,1] and within eps of x; fp32, or fp64 for an x in fp64. Pass the log-odds: cross-entropy saturates. The
 *sum* over the batch is differentiated, with respect to the pixels alone: an image gets the same result in any
 batch. Freeze the weights before. All randomness comes from `keys`."""
@@ -52,8 +52,12 @@ def dlr(logits, y, target=None):
     top = logits.topk(needed, 1).values
     if target is None:
         return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
-    lead = (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
-    return lead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    return lead(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def lead(logits, y, target):
+    """s_t − s_y, of a target int64 [B]: [B]."""
+    return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
 
 
 def runners_up(logits, y, count):
@@ -84,11 +88,12 @@ def on_the_way(flags):
     return lambda: copied.synchronize() or copy
 
 
-def ascent(objective, x_adv, y, back=True):
-    """(loss [B], `on_the_way`: wrong bool [B], ∂Σloss/∂x_adv [B, ...], None unless back), all detached."""
+def ascent(objective, x_adv, y, back=True, **more):
+    """(loss [B], `on_the_way`: wrong bool [B], ∂Σloss/∂x_adv [B, ...], None unless back), all detached.
+    more: for the objective."""
     x_adv = x_adv.detach().requires_grad_(back)
     with torch.set_grad_enabled(back):
-        loss, wrong = objective(x_adv, y)
+        loss, wrong = objective(x_adv, y, **more)
         wrong = on_the_way(wrong)                           # while the device goes back through the model
         (grad,) = torch.autograd.grad(loss.sum(), x_adv) if back else (None,)
     return loss.detach(), wrong, grad
@@ -111,6 +116,14 @@ def begin(x, y, eps, norm, keys):
     start = x if keys is None else random_start(x, eps, norm, keys)
     found = SimpleNamespace(x_adv=start.clone(), at=torch.full((len(x),), -1), each=1)
     return found, SimpleNamespace(row=torch.arange(len(x)), x=x.clone(), x_adv=start.clone(), y=y.clone())
+
+
+def side_by_side(found, s, targets):
+    """s with a row for each of an image's targets int64 [B, T], and in y int64 [B·T, 2] label and target."""
+    found.each = targets.shape[1]
+    s = SimpleNamespace(**{name: t.repeat_interleave(found.each, 0) for name, t in vars(s).items()})
+    s.row, s.y = torch.arange(len(s.row)), torch.stack([s.y, targets.flatten()], 1)
+    return s
 
 
 def leave(found, s, wrong, step):
@@ -188,9 +201,7 @@ def apgd(objective, x, y, *, eps, steps, norm="linf", keys=None, targets=None, a
     objective's y is then int64 [n, 2], label and target; at: its step. What stands: the last's best."""
     found, s = begin(x, y, eps, norm, keys)
     if targets is not None:
-        found.each = targets.shape[1]
-        s = SimpleNamespace(**{name: t.repeat_interleave(found.each, 0) for name, t in vars(s).items()})
-        s.row, s.y = torch.arange(len(s.row)), torch.stack([s.y, targets.flatten()], 1)
+        s = side_by_side(found, s, targets)
     checkpoints, last = apgd_checkpoints(steps), 0
     one = (-1, *(1,) * (s.x.ndim - 1))                      # [n] → [n, 1, ...]
     s.previous, s.step_size = s.x_adv, s.x.new_full((len(s.x),), 2 * eps)
@@ -220,6 +231,67 @@ def apgd(objective, x, y, *, eps, steps, norm="linf", keys=None, targets=None, a
             s.grad = torch.where(s.halved.view(one), s.best_grad, s.grad)
             s.best_before, s.rises, last = s.best_loss, torch.zeros_like(s.rises), step
     return ended(found, s, s.best_x)
+
+
+# ------------------------------------------------------------------------------ the nearest boundary: FAB
+def fab(objective, x, y, *, eps, steps, norm="linf", keys=None, targets, alpha_max=.1, eta=1.05, beta=.9):
+    """FAB-T (Croce & Hein 2020, "Minimally distorted adversarial examples …", algorithm 1): (x_adv, at).
+
+    As AutoAttack has it, without the final search along a line. It looks for the misclassified point nearest
+    to x, anywhere in [0,1], and takes the boundary between label and target for a plane. A step goes eta of
+    the way to the point of the plane nearest to the iterate, mixed with at most alpha_max of the way from x
+    to the one nearest to x. If the result is misclassified, the next step begins at beta of its distance
+    from x. Only points within eps count: an image falls with the first. (The original goes on to nearer
+    ones, and says the same of it: the nearest lies within eps or does not.) What stands is x. Arguments as
+    for `pgd_any`; but keys are for a start within ε/2, which AutoAttack has not. targets int64 [B, T], side
+    by side as in `apgd`.
+
+    objective(x, y int64 [n, 2], sure=bool [n]) → (s_t − s_y [n], wrong bool [n], a guess where not sure)."""
+    found, s = begin(x, y, eps / 2, norm, keys)
+    s = side_by_side(found, s, targets)
+    for step in range(steps + 1):
+        near = size(s.x_adv - s.x, norm) <= eps             # [n, 1, ...]
+        with torch.no_grad():
+            wrong = objective(s.x_adv, s.y, sure=near.flatten())[1].view_as(near)
+        fallen = on_the_way((wrong & near).flatten())
+        s.x_adv = torch.where(wrong & ~near, s.x + beta * (s.x_adv - s.x), s.x_adv)
+        if leave(found, s, fallen(), step) or step == steps:
+            return ended(found, s, s.x)
+        ahead, _, grad = ascent(objective, s.x_adv, s.y, sure=s.y[:, 0] < 0)        # nowhere
+        ahead = ahead.view(-1, *(1,) * (s.x.ndim - 1))
+        here = to_plane(s.x_adv, grad, -ahead, norm)
+        there = to_plane(s.x, grad, total(grad * (s.x_adv - s.x)) - ahead, norm)
+        near_plane, far = (size(delta, norm).clamp(min=1e-8) for delta in (here, there))
+        alpha = (near_plane / (near_plane + far)).clamp(max=alpha_max)
+        s.x_adv = ((1 - alpha) * (s.x_adv + eta * here) + alpha * (s.x + eta * there)).clamp(0, 1)
+
+
+def total(t):
+    """The sum of each image, [B, ...] → [B, 1, ...]."""
+    return t.sum([*range(1, t.ndim)], keepdim=True)
+
+
+def size(delta, norm):
+    """The length of each image's δ in the norm, [B, ...] → [B, 1, ...]."""
+    return delta.abs().amax([*range(1, delta.ndim)], keepdim=True) if norm == "linf" else l2_norm(delta)
+
+
+def to_plane(x, grad, rise, norm, rounds=10):
+    """The shortest δ in the norm with grad·δ = rise [B, 1, ...] and x + δ in [0,1]; where no such δ exists,
+    the one whose grad·δ comes nearest.
+
+    All pixels move, in linf by the same length, in l2 by length · |grad|, until they meet the range's end:
+    what those cannot give the others have to, by a greater length, with which more may meet it. A round is a
+    Newton step on a concave function of one number, piecewise linear."""
+    grad, rise = grad * rise.sign(), rise.abs()
+    speed = torch.ones_like(grad) if norm == "linf" else grad.abs()
+    room = torch.where(grad > 0, 1 - x, x)
+    # what a pixel gives to grad·δ at the range's end, and before it for a unit of length
+    full, slope_of, free = grad.abs() * room, grad.abs() * speed, room > 0
+    for _ in range(rounds):
+        length = (rise - total(full * ~free)) / total(slope_of * free)
+        free = length * speed < room
+    return grad.sign() * torch.where(free, length * speed, room)
 
 
 # ------------------------------------------------------------------------------ without gradients: Square
@@ -327,23 +399,29 @@ class Attack(NamedTuple):
     search: Callable
     loss: Callable                     # (logits [B,K], y) → [B], what it ascends
     options: tuple = ("steps",)        # of the search
+    targeted: bool = False             # y: label and target
+    forwards: int = 1                  # passes of an iterate after the first
 
 
 ATTACKS = {"pgd": Attack("PGD", pgd_any, log_odds, ("steps", "step_size")),
            "cw": Attack("CW", pgd_any, cw_margin, ("steps", "step_size")),
            "apgd-ce": Attack("APGD-CE", apgd, log_odds),           # cross-entropy is their softplus
            "apgd-dlr": Attack("APGD-DLR", apgd, dlr),
-           "apgd-t": Attack("APGD-T", apgd, lambda logits, y: dlr(logits, *y.unbind(1))),      # label, target
+           "apgd-t": Attack("APGD-T", apgd, lambda logits, y: dlr(logits, *y.unbind(1)), targeted=True),
+           "fab-t": Attack("FAB-T", fab, lambda logits, y: lead(logits, *y.unbind(1)), targeted=True,
+                           forwards=2),
            "square": Attack("Square", square, margin, ("queries",))}
-AUTOATTACK = ("apgd-ce", "apgd-t", "square")       # `standard` of Croce & Hein 2020 but for FAB-T
+ENSEMBLES = {"autoattack": ("apgd-ce", "apgd-t", "fab-t", "square"),        # `standard` of Croce & Hein 2020
+             "autoattack-fast": ("apgd-ce", "apgd-t", "square")}            # without FAB-T
 
 
 def attack_list(words, last_iterate=False):
     """The attacks of `--attack`, a comma list. ValueError: unknown, or not for --last-iterate."""
-    names = [name for word in words.split(",") for name in (AUTOATTACK if word == "autoattack" else (word,))]
+    names = [name for word in words.split(",") for name in ENSEMBLES.get(word, (word,))]
     unknown = [name for name in names if name not in ATTACKS]
     if unknown:
-        raise ValueError(f"--attack {unknown[0]}: expected a comma list of autoattack, {', '.join(ATTACKS)}")
+        raise ValueError(f"--attack {unknown[0]}: expected a comma list of "
+                         f"{', '.join([*ENSEMBLES, *ATTACKS])}")
     if last_iterate and names not in (["pgd"], ["cw"]):
         raise ValueError("--last-iterate is for --attack pgd or cw alone")
     return list(dict.fromkeys(names))

@@ -19,32 +19,35 @@ if __name__ == "__main__":              # before PyTorch is imported
     spin_less()
 import torch
 
-from attacks import ATTACKS, AUTOATTACK, attack_list, defined, image_keys, pgd_last, runners_up, slope
+from attacks import ATTACKS, ENSEMBLES, attack_list, defined, image_keys, pgd_last, runners_up, slope
 from harness import processes
+from harness.card import write_card
 from harness.checkpoints import export_clip, load_visual, read_checkpoint
 from harness.evaluation import EvaluationRun, choose_examples, load_tasks, phase, progress, settle, shared
-from harness.options import ByModel, Parser, add_shared_options, number, shares
+from harness.options import ByModel, Parser, add_shared_options, by_protocol, number, shares
 from harness.processes import DTYPES, RANK, rank0, rank0_first
 from harness.reports import about, ball, mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
 from kernels.pgd_step import to_float
 from model import ImageEncoder, judging, load_clip, predict
 from prompts import encode_head
+from tasks.benchmarks import counts
+from tasks.protocols import DEFAULT
 from tasks.task import image_numbers
 
 
 # ------------------------------------------------------------------------------ the protocol: which attacks
 TARGETS = 9                                        # classes that targeted attacks try, as `standard` does
 PROBED, PROBE = 50, {"names": ["square"], "queries": 100, "restarts": 1, "last_iterate": False}
-EXTRA = ("country211",)                            # not one of the paper's sixteen: outside the mean
 
 
 def protocol(options):
     """What was run, in words. options: of `run_attacks`."""
     words = [f"{ATTACKS[name].title}-{options[ATTACKS[name].options[0]]}" for name in options["names"]]
-    standard = {"names": [*AUTOATTACK], "steps": 100, "queries": 5000, "restarts": 1}
-    known = "AutoAttack standard (2020) without FAB-T: " * (standard.items() <= options.items())
-    return (known + ", ".join(words)
+    standard = {"steps": 100, "queries": 5000, "restarts": 1}.items() <= options.items()
+    known = [f"AutoAttack standard (2020){' without FAB-T' * (word == 'autoattack-fast')}: "
+             for word, names in ENSEMBLES.items() if standard and [*names] == options["names"]]
+    return ("".join(known) + ", ".join(words)
             + f"; {ball(**options)}; {options['restarts']} random start(s); "
             f"robust = right at {'the last' if options['last_iterate'] else 'every'} iterate of every attack")
 
@@ -59,7 +62,7 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
     that was misclassified, or else the last attack's best; predicted int64 [B], what it is taken for, −1:
     NaN; broken_by int64 [B], by which attack, −1: it stands; at int64 [B], at which of its iterates;
     forward_passes [B]; zero, uphill bool [B]: `slope`."""
-    def objective(x, y, loss, net=encoder):
+    def objective(x, y, loss, net=encoder, sure=None):
         if loss is log_odds:                            # fused, on a GPU
             losses, best = contrast(net(x), head, y, logit_scale)
         else:
@@ -67,9 +70,10 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
             losses, best = loss(logits, y), logits.argmax(1)
         label = y if y.ndim == 1 else y[:, 0]
         wrong = best != label
-        if judge is not encoder and wrong.any():        # in bf16: where fp32 is right the attack goes on
-            some = wrong.nonzero().squeeze(1)
-            wrong[some] = predict(judge, head, logit_scale, x[some]) != label[some]
+        if judge is not encoder:                        # in bf16: where fp32 is right the attack goes on
+            some = (wrong if sure is None else wrong & sure).nonzero().squeeze(1)
+            if len(some):
+                wrong[some] = predict(judge, head, logit_scale, x[some]) != label[some]
         return losses, wrong
 
     judge, x = judge or judging(encoder), to_float(x)
@@ -78,7 +82,7 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
     zero, uphill = torch.zeros_like(y).bool(), torch.ones_like(y).bool()
     for k, (name, attack) in enumerate((name, ATTACKS[name]) for name in names if len(stands)):
         ascended, targets = partial(objective, loss=attack.loss), y.new_zeros(len(y), 0)
-        if name == "apgd-t":
+        if attack.targeted:
             targets = y.new_zeros(len(y), min(TARGETS, len(head) - 1))
             with torch.no_grad():
                 clean = cosine_logits(judge(x[stands]), head, logit_scale)
@@ -88,14 +92,15 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
             zero, uphill = slope(ascended, x, labels, eps, norm, judged=partial(ascended, net=judge))
         search = partial(pgd_last if last_iterate else attack.search, ascended, eps=eps, norm=norm,
                          **{word: options[word] for word in attack.options})
-        rows, whole = max(1, targets.shape[1]), options[attack.options[0]] + (name != "square")
+        rows, last = max(1, targets.shape[1]), options[attack.options[0]] - (name == "square")
         for restart in range(restarts):
             todo = [(some, targets) for some in stands.split(-(-len(x) // rows))]   # a batch of rows
             for some, aims in todo:
                 if not len(some := some[broken_by[some] < 0]):
                     continue
                 towards = {"targets": aims[some]} if aims.shape[1] else {}
-                found, step = search(x[some], y[some], keys=image_keys(seed, restart, index[some]), **towards)
+                keys = None if name == "fab-t" and not restart else image_keys(seed, restart, index[some])
+                found, step = search(x[some], y[some], keys=keys, **towards)
                 # what breaks an image has to break it in this batch too, or else the attacks go on
                 seen = predict(judge, head, logit_scale, found)
                 if aims.shape[1] > 1:
@@ -103,7 +108,8 @@ def run_attacks(encoder, head, logit_scale, x, y, index, *, names, eps, norm, re
                 step = torch.where(seen == y[some], -1, step.clamp(min=0))
                 x_adv[some], predicted[some], at[some] = found, seen, step
                 broken_by[some] = torch.where(step < 0, -1, k)
-                forward_passes[some] += max(1, aims.shape[1]) * torch.where(step < 0, whole, step + 1)
+                spent = 1 + attack.forwards * torch.where(step < 0, last, step)
+                forward_passes[some] += spent * max(1, aims.shape[1])
             stands = (broken_by < 0).nonzero().squeeze(1)
     return x_adv, predicted, broken_by, at, forward_passes, zero, uphill
 
@@ -158,11 +164,13 @@ def evaluate(encoder, head, logit_scale, task, options, *, batch_size, workers=0
     return [records[image] for image in sorted(records)]
 
 
-def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, done=None, after=None, **more):
+def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, protocol=DEFAULT, done=None,
+                   after=None, **more):
     """`evaluate` on several tasks under one bar: {"tasks": {name: row}, "mean": {"clean", "robust"}}.
 
-    options: of `run_attacks`; done: {task: {number: record}}; after(results, task, records): called after
-    each task, with what there is. `more` goes to `evaluate`."""
+    options: of `run_attacks`; protocol: whose sets count in the mean, if some do; done: {task: {number:
+    record}}; after(results, task, records): called after each task, with what there is. `more` goes to
+    `evaluate`."""
     results, done = {"tasks": {}, "mean": {"clean": None, "robust": None}}, done or {}
     half = math.inf if options.get("last_iterate") else options["steps"] / 2
     judge = judging(encoder)
@@ -174,8 +182,8 @@ def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, done=N
             records = evaluate(watched, head, logit_scale, task, options | {"names": names}, bar=bar,
                                done=done.get(task.name), **more)
             results["tasks"][task.name] = summary(records, names, len(head), half) | about(task)
-            results["mean"] = mean({name: row for name, row in results["tasks"].items()
-                                    if name not in EXTRA or len(tasks) == 1})
+            counted = {name: row for name, row in results["tasks"].items() if counts(protocol, name)}
+            results["mean"] = mean(counted or results["tasks"])
             if after is not None:
                 after(results, task, records)
     return results
@@ -196,21 +204,23 @@ def make_parser():
     option = partial(parser.option, parser.add_argument_group("evaluation"))
     option("--ckpt", metavar="FILE", path=True, help="a checkpoint, ours or a published one "
            "(docs/checkpoints.md); default: the plain CLIP")
-    option("--attack", "pgd", help=f"a comma list of {', '.join(ATTACKS)} and autoattack (= "
-           f"{','.join(AUTOATTACK)}), each on the images that still stand")
+    option("--attack", by_protocol("attack"), help=f"a comma list of {', '.join(ATTACKS)}, "
+           f"autoattack (= {','.join(ENSEMBLES['autoattack'])}), autoattack-fast (without fab-t), each on "
+           "the images that still stand (default: the protocol's, pgd)")
     option("--queries", ByModel(5000, 500), type=number(int, 1), help="of Square")
     option("--restarts", 1, type=number(int, 1), help="random starts of each attack")
     option("--last-iterate", False, action="store_true", help="judge PGD or CW by its last iterate alone, as "
            "older papers do (default: an image falls with any iterate)")
-    option("--templates", "paper", choices=("paper", "openai"), help="paper: its one template a data set; "
-           "openai: the average over CLIP's own several")
+    option("--templates", by_protocol("templates"), choices=("paper", "openai"), help="paper: its one "
+           "template a data set; openai: the average over CLIP's own several, with CLIP's own class names "
+           "(default: the protocol's, paper)")
     option("--interpolate", type=shares, metavar="α,…", help="evaluate (1 − α)·CLIP + α·checkpoint, in their "
            "weights, for each α of a comma list of numbers from 0 to 1 (default: α = 1)")
     option("--examples", False, action="store_true", result=False, help="draw attacked images (default: no)")
     option("--save-adv", metavar="DIR", result=False, help="keep the attacked images in DIR/<task>/*.npz: x "
            "(uint8), x_adv (fp32), image, label, adversarial (default: no)")
-    option("--export", metavar="DIR", result=False, help="write weights and configuration for open_clip, and "
-           "for --model local-dir:DIR; --tasks none for that alone (default: no)")
+    option("--export", metavar="DIR", result=False, help="write weights, configuration and a model card for "
+           "open_clip, and for --model local-dir:DIR; --tasks none for that alone (default: no)")
     return parser
 
 
@@ -220,7 +230,7 @@ def evaluate_command(parser, args, device, alpha):
         checkpoint = read_checkpoint(args.ckpt, args.model) if args.ckpt else {"config": {}}
         args, known = settle(parser, args, checkpoint, alpha)
         names = attack_list(args.attack, args.last_iterate)
-        tasks, missing = load_tasks(args)
+        tasks, missing = load_tasks(args, checkpoint.get("adapted", ()))
         if not tasks and not args.export:
             raise ValueError(f"--tasks {args.tasks}: nothing to evaluate under {args.data_root}")
         options = {"names": names, "eps": args.eps / 255, "norm": args.norm, "restarts": args.restarts,
@@ -237,7 +247,8 @@ def evaluate_command(parser, args, device, alpha):
         if args.ckpt:
             load_visual(clip, checkpoint, args.ckpt, alpha)
         if args.export:
-            rank0(lambda: export_clip(clip, args.model, args.export, checkpoint.get("prompts")))
+            rank0(lambda: export_clip(clip, args.model, args.export, checkpoint.get("prompts"), tokenizer))
+            rank0(lambda: write_card(args, checkpoint))
         if run and not run.finished:
             run.begin(tokenizer)
     if not run:
@@ -249,10 +260,13 @@ def evaluate_command(parser, args, device, alpha):
     heads = {task.name: encode_head(clip, tokenizer, task.class_names, task.template) for task in tasks}
     logit_scale = clip.logit_scale.exp().item()
     results = run.finished or evaluate_tasks(
-        encoder, heads, logit_scale, tasks, options, label="evaluate", done=run.done, keep=run.keep,
-        after=run.after, batch_size=args.batch_size, workers=args.workers)
+        encoder, heads, logit_scale, tasks, options, label="evaluate", protocol=args.protocol, done=run.done,
+        keep=run.keep, after=run.after, batch_size=args.batch_size, workers=args.workers)
     pictures = attacked_examples(encoder, heads, logit_scale, tasks, options) if args.examples else ()
-    return run.report(label, results, pictures)
+    found = run.report(label, results, pictures)
+    if args.export:                                     # with this table
+        rank0(lambda: write_card(args, checkpoint, run.out))
+    return found
 
 
 def main():

@@ -142,6 +142,60 @@ def pmg(encoder, head, logit_scale):
     return Loss(encoder, attack, outer)
 
 
+def agft(encoder, head, logit_scale, sharper=1.8, ratio=.4):
+    """what the original CLIP, softened, takes the clean image for, without labels: AGFT (Cui et al. 2026)
+
+    −Σ_k q_k log p_k: p the softmax of cos(z, w_k)·1.8/τ on the adversarial image, q the original CLIP's of
+    cos·0.4·1.8/τ on the clean one. The attack ascends the same: soft labels have no log-odds. Scales of 180
+    and 72 are the command in the authors' README; their code's defaults are 100 and 100."""
+    original = copy.deepcopy(encoder)
+
+    def target(x, y, keys):
+        return cosine_logits(original(to_float(x)), head, ratio * sharper * logit_scale).softmax(1)
+
+    def outer(net, x_adv, q, x):
+        logits = cosine_logits(net(x_adv), head, sharper * logit_scale)
+        return F.cross_entropy(logits, q, reduction="none"), logits.argmax(1)
+
+    def inner(net, x_adv, q):
+        return outer(net, x_adv, q, None)[0]
+    return Loss(encoder, inner, outer, target)
+
+
+def tga(encoder, head, logit_scale, alpha=.08, beta=.05):
+    """tecoa, where the true class's attention map stays the original CLIP's: TGA-ZSR (Yu et al. 2024)
+
+    tecoa + 0.08·‖A(x_adv) − A_original(x)‖₂ + 0.05·‖A(x) − A_original(x)‖₂, norms over the map's pixels; the
+    attack ascends tecoa's term alone. A: patch features times the true class's text, scaled to [0,1] in each
+    image, resampled to its size. All as in the authors' code, which normalises each feature over the image's
+    tokens, not each token's features; and norms of whole maps, where AGFT's copy has means over pixels."""
+    if not getattr(encoder, "plain", True):
+        raise ValueError("--loss tga needs a vision transformer, whose class token is read, with a token for "
+                         "each patch beside it: this image encoder is none")
+    original, attack = copy.deepcopy(encoder), tecoa(encoder, head, logit_scale).inner
+
+    def attention(tokens, y):
+        """Maps fp32 [B, H, W] in [0,1] of tokens [B, 1 + h·w, D] and labels [B]."""
+        maps = torch.einsum("bnd,bd->bn", F.normalize(tokens, dim=1)[:, 1:], head[y].float())
+        low, high = maps.aminmax(dim=1, keepdim=True)
+        maps = ((maps - low) / (high - low).clamp(min=1e-12)).unflatten(1, (1, *encoder.visual.grid_size))
+        return F.interpolate(maps, encoder.visual.image_size, mode="bilinear")[:, 0]
+
+    def target(x, y, keys):
+        return y, attention(original(to_float(x), all_tokens=True), y)
+
+    def inner(net, x_adv, target):
+        return attack(net, x_adv, target[0])
+
+    def outer(net, x_adv, target, x):
+        y, expected = target
+        tokens = net(torch.cat([x_adv, to_float(x)]), all_tokens=True).chunk(2)    # one pass, for DDP
+        adversarial, clean = ((attention(some, y) - expected).flatten(1).norm(dim=1) for some in tokens)
+        losses, predicted = contrastive_loss(tokens[0][:, 0], head, y, logit_scale)
+        return losses + alpha * adversarial + beta * clean, predicted
+    return Loss(encoder, inner, outer, target)
+
+
 class Published(NamedTuple):
     make: Callable                              # (encoder, head, logit_scale) → Loss
     lr: tuple = (1e-5, .014)                    # default peak learning rate of SGD: real models, the toy
@@ -152,4 +206,6 @@ class Published(NamedTuple):
 LOSSES = {"tecoa": Published(tecoa), "ce": Published(ce), "coadv": Published(coadv),
           "imgcoadv": Published(imgcoadv, labels=False, batch=True),
           "fare": Published(fare, lr=(1e-5, 2e-3), labels=False),     # its distances are not in units of τ
-          "pmg": Published(pmg)}
+          "pmg": Published(pmg),
+          "agft": Published(agft, lr=(4e-4, .014), labels=False),     # 4e-4 and, of tga, 1e-4: the authors'
+          "tga": Published(tga, lr=(1e-4, .014))}

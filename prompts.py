@@ -32,15 +32,24 @@ OPENAI_TEMPLATES = {
 
 
 def openai_templates(name):
-    """CLIP's templates for a data set, a list; ImageNet's 80 where CLIP's authors published none."""
+    """CLIP's templates for a data set, a list; ImageNet's 80 where CLIP's authors published none. They take
+    class names as they are, for CLIP's own are curated: {c}, see `fill`."""
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES      # here, as open_clip takes seconds
     templates = OPENAI_TEMPLATES.get(name, [template("{}") for template in OPENAI_IMAGENET_TEMPLATES])
-    return list(dict.fromkeys(t.replace("*", word) for t in templates for word in ("a", "the")))
+    templates = [t.replace("*", word).replace("{}", "{c}") for t in templates for word in ("a", "the")]
+    return list(dict.fromkeys(templates))
 
 
 def clean_class_name(name):
     """A class name from a folder or file as English, as in the paper: lower case, spaces for `_ - /`."""
     return " ".join(name.lower().replace("_", " ").replace("-", " ").replace("/", " ").split())
+
+
+def fill(template, name):
+    """A prompt: a template with a class name for its {}, by `clean_class_name`; or for its {c}, as it is."""
+    if "{c}" in template:
+        return name.join(template.split("{c}"))
+    return clean_class_name(name).join(template.split("{}"))
 
 
 # what says nothing to a text encoder, as a whole name after `clean_class_name`
@@ -70,7 +79,7 @@ def prompt_warnings(tokenizer, class_names, template):
     for template in templates:
         parts = defaultdict(list)
         for number, group in enumerate(groups):
-            prompts = [template.replace("{}", clean_class_name(class_names[i])) for i in group]
+            prompts = [fill(template, class_names[i]) for i in group]
             for i, tokens in zip(group, tokenizer(prompts).tolist()):
                 parts[number, tuple(tokens)].append(i)
         groups = [group for group in parts.values() if len(group) > 1]
@@ -95,18 +104,18 @@ def listed(names, most=5):
 
 @torch.no_grad()
 def encode_head(clip, tokenizer, class_names, template):
-    """The zero-shot head: unit text embeddings of `template` with each class name for its {}, fp32 [K, D] on
+    """The zero-shot head: unit text embeddings of `template` with each class name, by `fill`, fp32 [K, D] on
     the model's device.
 
     template: a str, or a list of them (an ensemble): then the unit mean of their unit embeddings. Encoded
     once per task and kept: the text encoder is frozen, so the head never changes."""
     templates, heads = [template] if isinstance(template, str) else template, []
-    names = [clean_class_name(name) for name in class_names]
     for text in prompt_warnings(tokenizer, class_names, template):
         warn_once(text)
     device = clip.logit_scale.device
     for template in templates:
-        prompts = [template.replace("{}", name) for name in names]
-        rows = [clip.encode_text(tokenizer(prompts[i:i + 256]).to(device)) for i in range(0, len(names), 256)]
+        prompts = [fill(template, name) for name in class_names]
+        rows = [clip.encode_text(tokenizer(prompts[i:i + 256]).to(device))
+                for i in range(0, len(prompts), 256)]
         heads.append(F.normalize(torch.cat(rows).float(), dim=-1))
     return heads[0] if len(heads) == 1 else F.normalize(torch.stack(heads).mean(0), dim=-1)

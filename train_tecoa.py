@@ -22,12 +22,12 @@ import torch
 
 from attacks import image_keys, pgd
 from eval_zeroshot import attacked_examples, evaluate, evaluate_tasks
-from harness.options import ByModel, Parser, adaptation, add_shared_options, cadence, number
+from harness.options import ByModel, Parser, adaptation, add_shared_options, cadence, number, passes
 from harness.processes import DTYPES, WORLD, rank0_first
 from harness.reports import ball
 from harness.training import TrainingRun, load_data
 from losses import LOSSES
-from model import ImageEncoder, adapt, check_adaptation, freeze, image_size, load_clip, unfreeze
+from model import ImageEncoder, adapt, check_adaptation, freeze, image_size, load_clip, projection, unfreeze
 from prompts import encode_head
 from tasks.sampling import relabelled
 
@@ -48,14 +48,15 @@ parser = Parser(prog="train_tecoa.py", description=__doc__)
 add_shared_options(parser, training=True)
 option = partial(parser.option, parser.add_argument_group("training"))
 option("--dataset", lambda args: "toy" if args.model == "toy" else "imagenet", help="to adapt on: toy, "
-       "another toy task, imagenet, folder:PATH or cache:FILE (default: toy for the toy model, or imagenet)")
+       "another toy task, a set by its name (docs/data.md), folder:PATH, wds:PATH or cache:FILE (default: "
+       "toy for the toy model, or imagenet)")
 option("--loss", next(iter(LOSSES)), choices=LOSSES, help="; ".join(
     f"{name}: {' '.join(loss.make.__doc__.split(chr(10) * 2)[0].split())}" for name, loss in LOSSES.items()))
 option("--labels", "true", choices=("true", "pseudo"), help="pseudo: what the original CLIP takes images for")
 option("--shots", type=number(int, 1), metavar="K", help="adapt on K images of each class (default: on all)")
 option("--adapt", "full", type=adaptation, help="what trains. full: the image encoder; partial: its last "
-       "blocks, ln_post and proj; linear: proj, or the loss's linear head alone; image-prompt: a border of "
-       "pixels; token-prompt: tokens beside the patches; or image-prompt,token-prompt")
+       "blocks, ln_post and proj; linear: its projection, or the loss's linear head alone; image-prompt: a "
+       "border of pixels; token-prompt: tokens beside the patches; or image-prompt,token-prompt")
 option("--last-blocks", lambda args: 2 if "partial" in args.adapt else None, type=number(int, 1), metavar="N",
        help="of --adapt partial (default: 2)")
 option("--border", lambda args: round(30 / 224 * image_size(args.model, args.pretrained))
@@ -65,7 +66,7 @@ option("--tokens", lambda args: 5 if "token-prompt" in args.adapt else None, typ
        metavar="L", help="of the token prompt (default: 5)")
 option("--accumulate", 1, type=number(int, 1), metavar="N", resumable=True, help="split each step's batch "
        "into N micro-batches, one after the other, to save memory")
-option("--epochs", ByModel(10, 2), type=number(int, 1), help="passes over the data set")
+option("--epochs", ByModel(10, 2), type=passes, help="passes over the data set, whole or not")
 option("--max-steps", type=number(int, 1), metavar="N", resumable=True, help="stop after N steps of the same "
        "schedule")
 option("--optimizer", "sgd", choices=OPTIMIZERS, help="sgd has momentum 0.9")
@@ -105,13 +106,13 @@ with run.refusing():
     if LOSSES[args.loss].batch and args.batch_size == WORLD * args.accumulate:
         raise ValueError(f"--loss {args.loss} contrasts the images of a batch: one alone has no others")
     check_adaptation(args.adapt.split(","), args.model, last_blocks=args.last_blocks, border=args.border)
-    train, tasks, held_out = load_data(args)
+    train, tasks, held_out = load_data(args, run.adapted)
     # the ragged last batch is left out
     steps_per_epoch = len(train.images) // args.batch_size
     if not steps_per_epoch:
         raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.images)} images of "
                          f"{train.name}")
-    schedule_steps = args.epochs * steps_per_epoch
+    schedule_steps = max(1, round(args.epochs * steps_per_epoch))
     warmup = min(ByModel(1000, 25)(args), schedule_steps // 10) if args.warmup is None else args.warmup
 
     clip, tokenizer = rank0_first(lambda: load_clip(args.model, args.pretrained, device, args.seed))
@@ -121,6 +122,8 @@ with run.refusing():
     torch.manual_seed(args.seed)                                            # of a linear head
     loss = LOSSES[args.loss].make(encoder, head, logit_scale)
     linear_head = {f"linear_head.{name}": p for name, p in loss.linear_head.named_parameters()}
+    if args.adapt == "linear" and not (linear_head or projection(clip.visual)):
+        raise ValueError(f"--adapt linear: the image encoder of {args.model} ends without a projection")
     run.claim(clip, tokenizer, train, [*tasks, *held_out], schedule_steps, warmup,
               compares_images=LOSSES[args.loss].batch)
 
@@ -133,8 +136,9 @@ attack = {"names": ["pgd"], "eps": args.eps / 255, "steps": args.eval_steps, "no
 
 def zero_shot_table(label):
     """Clean and robust accuracy, zero-shot; under "adapted" on held-out images of the task adapted on."""
-    results, adapted = (evaluate_tasks(encoder, heads, logit_scale, some, attack, label=label, batch_size=256,
-                                       workers=args.workers, probe=False) for some in (tasks, held_out))
+    results, adapted = (evaluate_tasks(
+        encoder, heads, logit_scale, some, attack, label=label, protocol=args.protocol, batch_size=256,
+        workers=args.workers, probe=False) for some in (tasks, held_out))
     return results | ({"adapted": adapted["tasks"]} if held_out else {})
 
 

@@ -12,7 +12,7 @@ import traceback
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import kernels
-from attacks import AUTOATTACK, image_keys, pgd
+from attacks import ATTACKS, ENSEMBLES, image_keys, pgd
 from eval_zeroshot import TARGETS, run_attacks
 from experiments import whole_numbers
 from experiments.measure import Bytes, gflop, measure, without_data
@@ -36,7 +36,7 @@ from kernels.contrastive_loss import contrastive_log_odds
 from kernels.pgd_step import pgd_step
 from kernels.random_start import random_start
 from losses import LOSSES
-from model import ImageEncoder, freeze, image_size, load_clip, predict, unfreeze
+from model import ImageEncoder, freeze, image_size, load_clip, model_config, predict, resolution, unfreeze
 from tasks.class_names import imagenet_class_names
 from tasks.loading import batches
 from tasks.make_cache import make_cache
@@ -59,13 +59,18 @@ class Row(NamedTuple):
     dtype: str = "auto"       # of the blocks; auto: bf16 on a GPU, else fp32
 
 
+def width(clip, name):
+    """D of a CLIP's features; timm's image encoders do not say it."""
+    return getattr(clip.visual, "output_dim", None) or model_config(name)["embed_dim"]
+
+
 def our_step(clip, row, tokens):
     """The loop's body of train_tecoa.py on one random batch: {part: a function that does just that part}."""
     device, batch, classes = clip.logit_scale.device, row.batch, len(tokens)
     usual = torch.bfloat16 if device.type == "cuda" else torch.float32
     encoder = ImageEncoder(clip, DTYPES.get(row.dtype, usual))
-    head = F.normalize(torch.randn(classes, clip.visual.output_dim, device=device), dim=-1)
-    x = torch.randint(256, (batch, 3, *clip.visual.image_size), dtype=torch.uint8, device=device)
+    head = F.normalize(torch.randn(classes, width(clip, row.model), device=device), dim=-1)
+    x = torch.randint(256, (batch, 3, *encoder.size), dtype=torch.uint8, device=device)
     x, y = encoder.patchify(x), torch.randint(classes, (batch,), device=device)
     keys, pixels = image_keys(0, 0, torch.arange(batch, device=device)), x.float() / 255
     noisy, grad = pixels.clone().requires_grad_(), torch.ones_like(pixels)
@@ -103,7 +108,7 @@ def authors_step(clip, row, tokens):
     dtype = DTYPES.get(row.dtype, torch.float16 if clip.logit_scale.is_cuda else torch.float32)
     device, normalisation = clip.logit_scale.device, clip.visual.preprocess_cfg
     mean, std = (torch.tensor(normalisation[name], device=device).view(3, 1, 1) for name in ("mean", "std"))
-    x = torch.rand(row.batch, 3, *clip.visual.image_size, device=device)
+    x = torch.rand(row.batch, 3, *resolution(clip.visual), device=device)
     y = torch.randint(len(tokens), (row.batch,), device=device)
     clip.requires_grad_(True)
     optimizer = torch.optim.SGD(clip.visual.parameters(), lr=1e-9, momentum=.9)
@@ -347,12 +352,13 @@ def in_turn_table(report, name, seconds, batch=16, prompts=100):
 def evaluation_table(report, name, device, images, classes, seconds):
     """Each attack of AutoAttack on random images and weights: eps 0 breaks none, so that all
     of its passes are made, and 64/255 breaks what it can. Beside it as many bare forwards and input gradients
-    (Square: forwards). 11 queries or iterates: a pass costs the same at any number."""
+    (Square: forwards; FAB-T: every other one). 11 queries or iterates: a pass costs the same at any number.
+    Below it the forward passes of the whole for an image that stands."""
     clip, _ = load_clip(name, "none", device)
     encoder, steps = ImageEncoder(clip), 10
     freeze(encoder)
-    head = F.normalize(torch.randn(classes, clip.visual.output_dim, device=device), dim=-1)
-    x = torch.rand(images, 3, *clip.visual.image_size, device=device)
+    head = F.normalize(torch.randn(classes, width(clip, name), device=device), dim=-1)
+    x = torch.rand(images, 3, *encoder.size, device=device)
     y, index = predict(encoder, head, LOGIT_SCALE, x), torch.arange(images, device=device)
     report.table(f"Evaluation: {name}, {images} images, {classes} classes, fp32", "attack", "norm", "ε · 255",
                  "passes an image", "in full", "ms (lowest–highest of n timings)", "× bare passes")
@@ -364,16 +370,24 @@ def evaluation_table(report, name, device, images, classes, seconds):
                 loss = contrastive_log_odds(encoder(leaf), head, y, LOGIT_SCALE).sum()
                 if back:
                     torch.autograd.grad(loss, leaf)
+
+    def whole(attack, last):
+        targets = min(TARGETS, classes - 1) if ATTACKS[attack].targeted else 1
+        return targets * (1 + ATTACKS[attack].forwards * last)
     passing = {back: median(measure(partial(bare, 1, back), device, seconds)[0]) for back in (False, True)}
-    for attack, norm, eps in product(AUTOATTACK, ("linf", "l2"), (0, 64)):
+    backs = {"square": [False], "fab-t": [False, True]}
+    for attack, norm, eps in product(ENSEMBLES["autoattack"], ("linf", "l2"), (0, 64)):
         def call(attack=attack, norm=norm, eps=eps):
             return run_attacks(encoder, head, LOGIT_SCALE, x, y, index, names=[attack], eps=eps / 255,
                                norm=norm, steps=steps, queries=steps + 1, step_size=eps / 1020)
         passes = call()[4].double().mean().item()
-        full = (steps + 1) * (min(TARGETS, classes - 1) if attack == "apgd-t" else 1)
         times, _ = measure(call, device, seconds)
-        report.row(attack, norm, eps, passes, full, spread(times),
-                   median(times) / (passes * passing[attack != "square"]))
+        report.row(attack, norm, eps, passes, whole(attack, steps), spread(times),
+                   median(times) / (passes * fmean(passing[back] for back in backs.get(attack, [True]))))
+    passes = {attack: whole(attack, 4999 if attack == "square" else 100)
+              for attack in ENSEMBLES["autoattack"]}
+    report("", f"AutoAttack's `standard`, of an image that stands: {sum(passes.values()):,} forward passes: "
+           + ", ".join(f"{attack} {n:,}" for attack, n in passes.items()) + ".")
 
 
 def data_table(report, workers, count=400):

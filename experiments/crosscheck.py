@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from attacks import AUTOATTACK, image_keys, pgd
+from attacks import ENSEMBLES, image_keys, pgd
 from eval_zeroshot import run_attacks
 from harness.checkpoints import load_visual, read_checkpoint
 from harness.files import ROOT, source_version
@@ -156,12 +156,9 @@ def attack_task(clip, tokenizer, task, rows, options, torchattacks, bar):
     right, counts = logits(to_float(x)).argmax(1) == y, np.zeros((len(rows), 3))
     x, y, index = to_float(x[right]), y[right], index[right]
     for count, (label, ours, theirs) in zip(counts, rows):
-        if ours:
-            _, _, by, _, passes, *_ = run_attacks(encoder, head, LOGIT_SCALE, x, y, index, names=ours,
-                                                  last_iterate="last" in label, **options)
-            count[[0, 2]] = (by < 0).sum(), passes.sum()
-        else:                       # what all of ours, the row before, left standing
-            x, y = x[by < 0], y[by < 0]
+        _, _, by, _, passes, *_ = run_attacks(encoder, head, LOGIT_SCALE, x, y, index, names=ours,
+                                              last_iterate="last" in label, **options)
+        count[[0, 2]] = (by < 0).sum(), passes.sum()
         if torchattacks and theirs and len(y):
             kind, words = theirs
             classes = {"n_classes": min(10, len(head))} if kind in ("APGDT", "FAB") else {}
@@ -187,10 +184,10 @@ def attacks(checkpoint, limit=100, steps=50, queries=500):
             (f"APGD-CE-{steps}", ["apgd-ce"], ("APGD", {"loss": "ce", "steps": steps})),
             (f"APGD-DLR-{steps}", ["apgd-dlr"], ("APGD", {"loss": "dlr", "steps": steps})),
             (f"APGD-T-{steps}", ["apgd-t"], ("APGDT", {"steps": steps})),
+            (f"FAB-T-{steps}", ["fab-t"], ("FAB", {"steps": steps, "multi_targeted": True})),
             (f"Square-{queries}", ["square"], ("Square", {"n_queries": queries})),
-            (f"APGD-CE-{steps}, APGD-T-{steps}, Square-{queries} in turn", list(AUTOATTACK), None),
-            (f"what these leave, under FAB-T-{steps}", None,
-             ("FAB", {"steps": steps, "multi_targeted": True}))]
+            *((f"{word}, of {steps} steps and {queries} queries", [*names], None)
+              for word, names in ENSEMBLES.items())]
     tasks = [load_task(name, "val", limit=limit) for name in ("unseen", "digits", "textures")]
     table, total = [[label] for label, *_ in rows], sum(len(task.images) for task in tasks)
     with tqdm(total=2 * len(tasks) * len(rows), desc="attacks", unit="attack") as bar:
@@ -200,10 +197,10 @@ def attacks(checkpoint, limit=100, steps=50, queries=500):
                 load_visual(clip, read_checkpoint(attacked), attacked)
             counts = sum(attack_task(clip, tokenizer, task, rows, options, torchattacks, bar)
                          for task in tasks)
-            for row, (_, ours, theirs), (left, left_by_theirs, passes) in zip(table, rows, counts / total):
-                row += [f"{100 * left:.1f}" if ours else "",
+            for row, (*_, theirs), (left, left_by_theirs, passes) in zip(table, rows, counts / total):
+                row += [f"{100 * left:.1f}",
                         f"{100 * left_by_theirs:.1f}" if theirs and torchattacks else "",
-                        f"{passes:.1f}" if ours else ""]
+                        f"{passes:.1f}"]
     version = torchattacks.__version__ if torchattacks else "(not installed)"
     write("attacks.md", "Attacks on the plain toy CLIP and on TeCoA's: robust accuracy (%)",
           f"`python paper.py attacks`, code {source_version()}, seed 0; {total} images of unseen, digits and "

@@ -2,20 +2,25 @@
 
 A method has one colour in every figure; prompts are hatched, or hollow points. A value is an array with one
 number a seed: what is drawn is the mean, and the standard deviation over seeds where there are several."""
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from harness.reports import in_pipes
+from harness.reports import in_pipes, write_figure
 from losses import LOSSES
 from tasks.sampling import labels_of
 
 COLOURS = {"CLIP": "tab:gray", "tecoa": "tab:blue", "ce": "tab:orange", "ce, tuned": "moccasin",
-           "coadv": "tab:red", "imgcoadv": "tab:purple", "fare": "tab:green", "pmg": "tab:brown"}
+           "coadv": "tab:red", "imgcoadv": "tab:purple", "fare": "tab:green", "pmg": "tab:brown",
+           "agft": "tab:pink", "tga": "tab:cyan"}
 OTHER_COLOUR = "tab:olive"
 PROMPTS = " --adapt image-prompt,token-prompt"
 ATTACKS = {"pgd": "PGD", "cw": "CW", "apgd-ce": "APGD-CE", "apgd-t": "APGD-T", "square": "Square"}
 BOTH = "clean", "robust"
+
+
+ATTACK_STEPS = {1: "lightskyblue", 2: COLOURS["tecoa"], 5: "mediumblue", 10: "midnightblue"}   # of training
 
 
 class Point(NamedTuple):
@@ -56,8 +61,8 @@ def means_and_spreads(points):
 
 
 def panels(plan, name, width, draw, *, label_x="", kinds=BOTH, robust_at=None, clip=None):
-    """Write <name>.png: a panel for each kind of accuracy, in percent, one above the other; draw(axis, kind)
-    draws in it. clip: {kind: values} of CLIP as it is, a line across."""
+    """Write <name>.png, or name if it has an ending: a panel for each kind of accuracy, in percent, one above
+    the other; draw(axis, kind) draws in it. clip: {kind: values} of CLIP as it is, a line across."""
     from matplotlib.figure import Figure                # here, as it takes long to import
     figure = Figure(figsize=(width, .7 + 2.1 * len(kinds)), layout="constrained")
     axes = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
@@ -70,9 +75,11 @@ def panels(plan, name, width, draw, *, label_x="", kinds=BOTH, robust_at=None, c
         axis.set(ylabel=names[kind], ylim=(0, 100 if kind == "clean" else None))
     axes[-1].set_xlabel(label_x)
     _, labels = axes[0].get_legend_handles_labels()
-    axes[0].legend(ncols=len(labels) if len("".join(labels)) < 10 * width else 2, frameon=False, fontsize=9,
-                   loc="lower left", bbox_to_anchor=(0, 1))
-    figure.savefig(plan.out / f"{name}.png", dpi=110)
+    legend = axes[0].legend(ncols=len(labels) if len("".join(labels)) < 10 * width else 2, frameon=False,
+                            fontsize=9, loc="lower left", bbox_to_anchor=(0, 1))
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    write_figure(figure, plan.out / (name if Path(name).suffix else f"{name}.png"))
 
 
 def bars(plan, name, categories, series, **more):
@@ -86,14 +93,14 @@ def bars(plan, name, categories, series, **more):
             axis.bar(np.arange(len(categories)) + (s - middle) * width, heights, .92 * width, label=label,
                      yerr=errors, error_kw={"elinewidth": 1}, color=colour, hatch=hatch,
                      edgecolor="white" if hatch else None)
-        axis.set_xticks(range(len(categories)), categories)
+        axis.set_xticks(range(len(categories)), categories, parse_math=False)
     group = .62 * max(1.3, .45 * len(series))
     panels(plan, name, max(5.5, group * len(categories) + 1.5), draw, **more)
 
 
-def lines(plan, name, label_x, series, *, log=False, ticks=None, **more):
+def lines(plan, name, label_x, series, *, log=False, ticks=None, width=5.5, **more):
     """Lines over a quantity. series: [(label, colour, style, xs, {kind: [values of each x]})]; ticks: {x: its
-    label}; more: of `panels`."""
+    label}; width: in inches; more: of `panels`."""
     def draw(axis, kind):
         for label, colour, style, xs, values in series:
             axis.errorbar(xs, *means_and_spreads(values[kind]), color=colour, linestyle=style, marker="o",
@@ -104,7 +111,7 @@ def lines(plan, name, label_x, series, *, log=False, ticks=None, **more):
         if ticks:
             axis.set_xticks([*ticks], [*ticks.values()])
             axis.minorticks_off()
-    panels(plan, name, 5.5, draw, label_x=label_x, **more)
+    panels(plan, name, width, draw, label_x=label_x, **more)
 
 
 # ---------------------------------------------------------------------------------------------- tables
@@ -113,9 +120,9 @@ def markdown(header, rows):
 
 
 def cells(part, kinds=BOTH):
-    """Of each kind the mean over seeds, and the standard deviation if there are several."""
-    return [f"{part[kind].mean():.1f}" + (f" ± {spread(part[kind]):.1f}" if len(part[kind]) > 1 else "")
-            for kind in kinds]
+    """Of each kind the mean over seeds, and the standard deviation if there are several; "–" for nan."""
+    return ["–" if np.isnan(part[kind]).any() else f"{part[kind].mean():.1f}"
+            + (f" ± {spread(part[kind]):.1f}" if len(part[kind]) > 1 else "") for kind in kinds]
 
 
 def table(found, column=()):
@@ -165,7 +172,8 @@ def fig1(plan):
     if plan.grid.tuned_lr is None:
         del rows["the same, its best learning rate"]
     found = yield rows
-    tasks = [task for task in found["CLIP"] if task not in ("adapted", "mean", "trained")]
+    tasks = [task for task, part in found["CLIP"].items()
+             if isinstance(part, dict) and task not in ("adapted", "mean")]
     bars(plan, "fig1", [*tasks, "mean"], [
         (label, COLOURS[colours[label]], "//" * ("prompts" in label),
          {kind: [part[task][kind] for task in (*tasks, "mean")] for kind in BOTH})
@@ -284,4 +292,37 @@ def stronger(plan):
         [label, *cells(part["mean"], ("clean", *ATTACKS))] for label, part in found.items()])
 
 
-FIGURES = (fig1, losses, prompts, labels, fig4, fig5, fig6, fig7, stronger)
+def passes(steps):
+    """What a training step of PGD-`steps` costs, in forward passes of its batch: two for each step of the
+    attack, forward and gradient to the pixels; three for the update, forward and gradient to the pixels of
+    each layer and to the weights. `python bench.py` counts 7.0 for two steps of ViT-B/32."""
+    return 2 * steps + 3
+
+
+def cost(plan):
+    """Training compute: PGD-1, 2, 5 and 10 in training, at equal updates and at equal FLOPs"""
+    rows = {f"PGD-{n}, equal updates": Point("--loss tecoa" + f" --steps {n}" * (n != 2))
+            for n in ATTACK_STEPS}
+    for words, share in (("equal FLOPs", 1), ("half the FLOPs", .5)):
+        for n in ATTACK_STEPS:
+            epochs = f"{share * plan.args.epochs * passes(2) / passes(n):.4g}"
+            if (n, share) != (2, 1):                    # which is there already
+                rows[f"PGD-{n}, {words}"] = Point("--loss tecoa" + f" --steps {n}" * (n != 2)
+                                                  + f" --epochs {epochs}")
+    found = yield {"CLIP": CLIP} | rows
+    usual = passes(2) * found["PGD-2, equal updates"]["updates"]
+    compute = {name: passes(n) * found[name]["updates"] / usual for n in ATTACK_STEPS
+               for name in rows if name.startswith(f"PGD-{n},")}
+
+    def series(label, colour, style, names):
+        names = sorted(names, key=compute.get)
+        return label, colour, style, [compute[name] for name in names], accuracies([found[n] for n in names])
+    lines(plan, "cost", "training compute (PGD-2 as usual = 1)", [
+        series("equal updates", "silver", ":", [name for name in rows if name.endswith("updates")]),
+        *(series(f"PGD-{n}", colour, "-", [name for name in rows if name.startswith(f"PGD-{n},")])
+          for n, colour in ATTACK_STEPS.items())],
+        log=True, ticks={.5: "½", 1: "1", 2: "2", 4: "4"}, width=7.5, clip=found["CLIP"]["mean"])
+    yield table(found, ("training compute", {name: f"{value:.2f}" for name, value in compute.items()}))
+
+
+FIGURES = (fig1, losses, prompts, labels, fig4, fig5, fig6, fig7, stronger, cost)

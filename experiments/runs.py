@@ -19,14 +19,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from eval_zeroshot import EXTRA
 from experiments import crosscheck, whole_numbers
 from experiments.figures import ATTACKS, BOTH, FIGURES, PAPER, TECOA, TOY, Grid
 from harness import processes
 from harness.evaluation import lock
 from harness.files import ROOT, read_json, source_version, writable_folder
 from harness.options import ByModel, Parser, number
-from model import image_size
+from model import image_size, own_resize
+from tasks.benchmarks import counts
+from tasks.protocols import DEFAULT
 from tasks.task import TOY_ADAPTED, Task, load_task, task_names
 
 NAMES = [figure.__name__ for figure in FIGURES]
@@ -164,23 +165,26 @@ def compute_all(plan, seeds, points):
 
 # ---------------------------------------------------------------------------------------- what they found
 def gather(plan, point):
-    """What was found of a point, {task: {"clean", "robust" and after each attack: one number a seed}}. Of the
-    toy, the task adapted on is "adapted"; "mean" is of the others; "trained" is no task, but how many
-    parameters trained."""
+    """What was found of a point, {task: {"clean", "robust" and after each attack: one number a seed}}; nan:
+    no image of it could be read. Of the toy, the task adapted on is "adapted"; "mean" is of the others that
+    have numbers. No tasks: "trained", how many parameters trained, and "updates", in how many steps."""
     runs, found = [plan.read(seed, point)["tasks"] for seed in plan.args.seeds], {}
     for task in runs[0]:
         rows = [run[task] for run in runs]
-        part = {kind: np.array([row[kind] for row in rows]) for kind in BOTH}
+        part = {kind: np.array([row[kind] for row in rows], float) for kind in BOTH}
         left = np.array([row["right"] for row in rows], float)
         for attack in ATTACKS:      # for three classes apgd-dlr stands in for apgd-t
             names = (attack, "apgd-dlr") if attack == "apgd-t" else (attack,)
             left = left - [sum(row["broken_by"].get(name, 0) for name in names) for row in rows]
-            part[attack] = 100 * left / [max(1, row["n"]) for row in rows]
+            part[attack] = 100 * left / [row["n"] or np.nan for row in rows]
         found["adapted" if task == plan.adapted else task] = part
-    counted = [part for task, part in found.items() if task not in ("adapted", *EXTRA)]
-    found["mean"] = {kind: np.mean([part[kind] for part in counted], 0) for kind in counted[0]}
-    trained = read_json(plan.run_folder(plan.args.seeds[0], point.train) / "results.json")
-    return found | {"trained": 0 if point.train is None else trained["trained"]}
+    counted = [part for task, part in found.items() if task != "adapted" and counts(DEFAULT, task)]
+    readable = [part for part in counted if not np.isnan(part["clean"]).any()] or counted
+    found["mean"] = {kind: np.mean([part[kind] for part in readable], 0) for kind in counted[0]}
+    trained = {"trained": 0, "step": 0}
+    if point.train is not None:
+        trained = read_json(plan.run_folder(plan.args.seeds[0], point.train) / "results.json")
+    return found | {"trained": trained["trained"], "updates": trained["step"]}
 
 
 def conditions(plan, points):
@@ -216,7 +220,7 @@ def draw(plan, figure, points, run, command):
     spread = "± standard deviation over seeds"
     tasks = (f"the tasks that were not adapted on, {spread}. “Own classes”: held-out images of those adapted "
              "on, not in the mean" if plan.args.model == "toy" else "the sets evaluated on, with the one "
-             f"adapted on, as in the paper, but without {', '.join(EXTRA)}, {spread}")
+             f"adapted on, as in the paper, those of its sixteen, {spread}")
     head = ("# The paper's figures and tables: `python paper.py`\n\nZero-shot accuracy in percent, mean over "
             f"{tasks}.\n\n")
     order = [figure.__doc__ for figure in FIGURES if figure.__doc__ in sections]
@@ -259,10 +263,12 @@ def make_plan(parser, args):
         grid, adapted = TOY, TOY_ADAPTED if args.dataset == "toy" else args.dataset.removeprefix("toy:")
         tasks = ",".join([*task_names("all", "toy"), TOY_ADAPTED]) if tasks == "all" else tasks
         folder = ""
-    where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root}
+    where = {"size": image_size(args.model, args.pretrained), "data_root": args.data_root,
+             "resize": own_resize(args.model, args.pretrained)}
     if tasks != "all":
-        names = task_names(tasks, "toy", args.data_root)
-        if {load_task(name, "val", limit=1, **where).name for name in names} <= {adapted, *EXTRA}:
+        names = {load_task(name, "val", limit=1, **where).name
+                 for name in task_names(tasks, "toy", args.data_root)}
+        if not any(name != adapted and counts(DEFAULT, name) for name in names):
             raise ValueError(f"--tasks {tasks}: nothing to evaluate but what is adapted on")
     version, identity = source_version(), parser.identity(args)
     training = [(word, identity[word]) for word in parser.unusual(args) if word not in ("tasks", "limit")]

@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 
 from harness.files import write_json
-from model import (CONFIG, are_openai_weights, check_file, config_beside, model_config, refuse_damaged,
-                   refuse_openai_weights_without_quickgelu, said_otherwise)
+from model import (CONFIG, are_openai_weights, check_file, config_beside, from_transformers, model_config,
+                   plain_vit, refuse_damaged, refuse_openai_weights_without_quickgelu, resolution,
+                   said_beside, said_otherwise)
 
 FORMAT, KEYS = "tecoa-1", {"model", "pretrained", "text", "config", "visual"}      # of checkpoints of ours
 # Where files of others keep the weights, best first. In the TeCoA authors' own, state_dict is the border.
@@ -35,7 +36,7 @@ def text_fingerprint(clip):
     """Identifies the text encoder that an image encoder was trained against: sha256 of its tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(clip.state_dict().items()):
-        if not name.startswith("visual."):
+        if not name.startswith(("visual.", "text_decoder.")):           # CoCa's writes captions
             digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
@@ -52,8 +53,9 @@ def save_checkpoint(path, clip, config, **more):
 
     Keys: format, model, pretrained, text (the text encoder's fingerprint), constants, config, visual
     (open_clip's `visual.*` names → fp32 tensors), and `more`: step, prompts (of `ImageEncoder.prompts`),
-    training (of harness/training.py). Written to a temporary file, fsynced, renamed; what had the name is
-    kept as *-previous.pt, unless the disk is full. OSError if there is no room then either."""
+    adapted (the names of the published sets adapted on), training (of harness/training.py). Written to a
+    temporary file, fsynced, renamed; what had the name is kept as *-previous.pt, unless the disk is full.
+    OSError if there is no room then either."""
     visual = {name: t.detach().cpu() for name, t in clip.state_dict().items() if name.startswith("visual.")}
     checkpoint = {"format": FORMAT, "model": config["model"], "pretrained": config["pretrained"],
                   "text": text_fingerprint(clip), "constants": constants(clip), "config": config,
@@ -107,10 +109,11 @@ def keep_as(previous, path):
         os.replace(path, previous)
 
 
-def export_clip(clip, name, folder, prompts=None):
+def export_clip(clip, name, folder, prompts=None, tokenizer=None):
     """Write a CLIP, an open_clip `name`, as folder/open_clip_model.safetensors and open_clip_config.json:
-    open_clip.create_model takes the first as `pretrained`, the folder as `local-dir:FOLDER`. ValueError for
-    visual prompts, for which open_clip has no place."""
+    open_clip.create_model takes the first as `pretrained`, the folder as `local-dir:FOLDER`. There it looks
+    for the tokenizer as well, if that is one of transformers. ValueError for visual prompts, for which
+    open_clip has no place."""
     if prompts:
         raise ValueError(f"visual prompts ({', '.join(prompts)}) cannot be exported: open_clip has no place "
                          "for them")
@@ -119,6 +122,8 @@ def export_clip(clip, name, folder, prompts=None):
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in clip.state_dict().items()}
     safetensors.torch.save_file(state, f"{weights}.tmp", {"format": "pt"})
     os.replace(f"{weights}.tmp", weights)
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(weights.parent)
     kept = ("mean", "std", "interpolation", "resize_mode")
     write_json(weights.with_name(CONFIG), {
         "model_cfg": model_config(name),
@@ -207,7 +212,7 @@ def openai_model(visual):
 def check_ours(content, path):
     """ValueError if something in a checkpoint of ours is of another kind than `save_checkpoint` writes."""
     kinds = {"model": str, "pretrained": str | None, "config": dict, "visual": dict, "text": str,
-             "constants": dict, "prompts": dict, "step": int, "training": dict}
+             "constants": dict, "prompts": dict, "step": int, "training": dict, "adapted": list}
     wrong = [key for key, kind in kinds.items() if key in content and not isinstance(content[key], kind)]
     if not wrong:
         config = content["config"]
@@ -221,8 +226,8 @@ def check_ours(content, path):
 
 def weights_and_prompts(content, path):
     """(weights {open_clip's name: tensor}, visual prompts) in another project's file; ValueError: neither."""
-    def has_encoder(state):
-        return any("conv1.weight" in str(name) for name in state)
+    def has_encoder(state):                             # timm's are in `trunk`
+        return any(re.search(r"conv1\.weight|(^|\.)(visual|trunk)\.", str(name)) for name in state)
     sections = {key: content[key] for key in (*PLACES, "add_prompter") if isinstance(content.get(key), dict)}
     place = next((key for key in PLACES if has_encoder(sections.get(key, {}))), None)
     bare = place is None and has_encoder(content)
@@ -232,7 +237,7 @@ def weights_and_prompts(content, path):
     prompts = read_prompts(border, tensors_of(sections.get("add_prompter", {}), path), path)
     if not weights and not prompts:
         found = ", ".join(map(str, [*content][:4])) + ", …" * (len(content) > 4) or "nothing"
-        raise unknown(path, f"it has {found}, and neither a ViT's image encoder nor visual prompts")
+        raise unknown(path, f"it has {found}, and neither an image encoder nor visual prompts")
     if not any(name.startswith("visual.") for name in weights):             # an image encoder alone
         weights = {f"visual.{name}": tensor for name, tensor in weights.items()}
     return weights, prompts
@@ -250,7 +255,11 @@ def read_checkpoint(path, model=None):
     if content.get("format") == FORMAT and content.keys() >= KEYS:
         check_ours(content, path)
         return content
-    weights, prompts = weights_and_prompts(content, path)
+    state = from_transformers(content)
+    if state is not content and "visual.proj" not in state:
+        raise unknown(path, "it is a CLIPVisionModel of transformers', without the projection that goes with "
+                      "it: save its CLIPVisionModelWithProjection")
+    weights, prompts = weights_and_prompts(state, path)
     visual, text = ({name: t for name, t in weights.items() if name.startswith("visual.") == wanted}
                     for wanted in (True, False))
     kind = "full" if text else "visual" if visual else "prompts"
@@ -279,14 +288,15 @@ def load_visual(clip, checkpoint, path, alpha=1.):
     if said and repr(said) != repr(here):
         raise ValueError(f"{path} was adapted with {said}, and {model} {checkpoint['pretrained']} here has "
                          f"{here}: give the original weights as --pretrained FILE, beside their {CONFIG}")
-    config = config_beside(path) if checkpoint["format"] != FORMAT else None
+    config = said_beside(path) if checkpoint["format"] != FORMAT else None
     if config:
         check_file(model, path)
     other = said_otherwise(clip, config)
     if {"mean", "std"} & {*other}:
-        raise ValueError(f"{CONFIG} beside {path} says {other}, which is not the normalisation of {model} "
-                         f"{checkpoint['pretrained'] or ''} here: a whole CLIP is taken with its own by "
-                         f"--model local-dir:{Path(path).parent}, without --ckpt or --init")
+        own = f"--model local-dir:{Path(path).parent}" if config_beside(path) else f"--pretrained {path}"
+        raise ValueError(f"the configuration beside {path} says {other}, which is not the normalisation of "
+                         f"{model} {checkpoint['pretrained'] or ''} here: a whole CLIP is taken with its own "
+                         f"by {own}, without --ckpt or --init")
     refuse_openai_weights_without_quickgelu(clip, text, path, model)
     current = {name: t.shape for name, t in clip.state_dict().items() if text or name.startswith("visual.")}
     names = {name.removeprefix("text."): name for name in current}          # text.*: some of open_clip's
@@ -295,8 +305,9 @@ def load_visual(clip, checkpoint, path, alpha=1.):
         if name in weights and name in current and weights[name].numel() == 1:
             weights[name] = weights[name].reshape(current[name])
     expected, given = {} if checkpoint["format"] == "prompts" else current, weights | prompts
-    sizes = {"border": (1, 3, *clip.visual.image_size),
-             "tokens": (len(prompts.get("tokens", ())), clip.visual.conv1.out_channels)}
+    sizes = {"border": (1, 3, *resolution(clip.visual))}
+    if "tokens" in prompts and plain_vit(model_config(model)["vision_cfg"]):
+        sizes["tokens"] = len(prompts["tokens"]), clip.visual.conv1.out_channels
     expected = expected | {name: size for name, size in sizes.items() if name in prompts}
     missing, unexpected = sorted(expected.keys() - given), sorted(given.keys() - expected)
     wrong = sorted(name for name in expected.keys() & given if expected[name] != given[name].shape)
@@ -307,5 +318,6 @@ def load_visual(clip, checkpoint, path, alpha=1.):
     if broken:
         raise ValueError(f"{path} has NaN or infinite numbers in {broken[:3]}")
     for name, tensor in clip.state_dict().items():
-        if name in weights:
-            tensor.copy_(torch.lerp(tensor, weights[name].to(tensor), alpha) if alpha < 1 else weights[name])
+        if name in weights:                             # batch norm's count of batches has nothing between
+            between = alpha < 1 and tensor.is_floating_point()
+            tensor.copy_(torch.lerp(tensor, weights[name].to(tensor), alpha) if between else weights[name])

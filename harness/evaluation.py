@@ -18,16 +18,18 @@ from tqdm import tqdm
 
 from attacks import attack_list
 from harness import files
-from harness.options import ByModel, data_options, differences, doubts, placeless, unused
+from harness.options import (ByModel, data_options, differences, doubts, measured_as, placeless,
+                             protocol_words, unused)
 from harness.processes import DTYPES, RANK, WORLD, environment, gathered, rank0
 from harness.reports import (draw_examples, example_prompt, full_table, interval, nothing_readable,
-                             try_to_draw)
+                             outside_the_mean, try_to_draw)
 from kernels.pgd_step import to_float
 from prompts import prompt_warnings
 from tasks.benchmarks import present
 from tasks.contents import about, differing, other_contents, other_labels, stamp
 from tasks.loading import Batch, batches, on_device
 from tasks.locks import lock_folder
+from tasks.protocols import PROTOCOLS
 from tasks.task import data_set, image_numbers, load_task, task_names
 
 
@@ -121,6 +123,7 @@ class EvaluationRun:
         """Lock the folder, and open this process's journal. ValueError or OSError: somebody else is in it."""
         self.warnings = {task.name: prompt_warnings(tokenizer, task.class_names, task.template)
                          for task in self.tasks.values()}
+        self.measured_as = measured_as(self.args)
         self.done = rank0(self.take_folder)
         self.journal = open(self.out / (f"images-{RANK}.jsonl" if RANK else "images.jsonl"), "a")
         if RANK:
@@ -170,15 +173,15 @@ class EvaluationRun:
             more = {"missing": self.missing, "unfinished": left, "warnings": results["warnings"]}
             files.write_json(self.out / "results.json", {
                 "config": vars(self.args) | environment(self.device), "protocol": self.protocol,
-                "identity": self.identity, "tasks": results["tasks"], "mean": results["mean"],
-                **{word: value for word, value in more.items() if value}})
+                "measured_as": self.measured_as, "identity": self.identity, "tasks": results["tasks"],
+                "mean": results["mean"], **{word: value for word, value in more.items() if value}})
 
     def warning_of_a_plain_clip(self, results):
         """In words, in a list, that a CLIP that was never made robust looks robust; or []: it does not, or
         there are too few images to say so."""
         args, robust, rows = self.args, results["mean"]["robust"], results["tasks"].values()
         named = args.pretrained not in (None, "none") and not Path(args.pretrained).is_file()
-        strong = "apgd" in args.attack or "autoattack" in args.attack
+        strong = any(word in args.attack for word in ("apgd", "fab", "autoattack"))
         large = args.norm == "linf" and args.eps >= ByModel(1, 11)(args)
         low, _ = interval(sum(row["standing"] for row in rows), sum(row["n"] for row in rows))
         shown = named and not args.ckpt and strong and large and low > 10 and robust > 10
@@ -193,7 +196,9 @@ class EvaluationRun:
             self.journal.close()                        # Windows replaces no open file
             write_journal(self.out, self.identity, self.images, self.records)
             os.close(self.locked)
-        print(f"\n{label} under {self.protocol}\n\n{full_table(results)}\n")
+        how = protocol_words(self.args, measured_as(self.args))
+        print(f"\n{label} under {how}: {self.protocol}\n\n{full_table(results)}\n"
+              + outside_the_mean(results["tasks"], self.args.protocol))
         for name, row in results["tasks"].items():
             if self.tasks[name].source:                 # not the row's: they may have moved since
                 print(f"{name}: {row['split']} images of {self.tasks[name].source}; prompts like "
@@ -255,14 +260,14 @@ def settle(parser, args, checkpoint, alpha):
     return settled, known
 
 
-def load_tasks(args):
-    """([Task, …], {name: why it is left out}) that --tasks names. ValueError."""
+def load_tasks(args, adapted=()):
+    """([Task, …], {name: why it is left out}) that --tasks names. adapted: of `load_task`. ValueError."""
     everything = args.tasks == "all" and args.model != "toy" and args.data_root
     default, tasks = "toy" if args.model == "toy" else "imagenet", []
     names, missing = present(args.data_root) if everything else (task_names(args.tasks, default), {})
-    if args.template and args.templates != "paper":
+    if args.template and args.templates != PROTOCOLS[args.protocol].templates:
         raise ValueError(f"--template and --templates {args.templates}: give one of them")
-    options = data_options(args, names) | {"templates": args.templates}
+    options = data_options(args, names) | {"templates": args.templates, "adapted": adapted}
     for name in names:
         try:
             tasks.append(load_task(name, "val", **options))

@@ -21,13 +21,16 @@ import kernels
 from harness.files import sha256
 from harness.processes import RANK, has_bf16
 from harness.trackers import tracker_names
-from model import ADAPTATIONS, CONFIG, LOCAL_DIR, image_size, weights_in
+from model import (ADAPTATIONS, CONFIG, LOCAL_DIR, PIXELS, image_size, model_config, own_resize, plain_vit,
+                   weights_in)
 from tasks.class_names import own_words
 from tasks.images import printable
+from tasks.protocols import DEFAULT, PROTOCOLS, resized
 
 
 # names of data sets that say where they lie
 PLACES = re.compile(r"(?<![^,])((folder|wds|cache):[^,]*|imagenet)(?![^,])")
+RESIZE, INTERPOLATIONS = "N|none|squash|longest", ("bilinear", "bicubic")
 
 
 class ByModel(NamedTuple):
@@ -137,10 +140,10 @@ def is_local(value):
 
 def digests(path, word):
     """The sha256 of a file, or of the weights in local-dir:PATH; then, where it decides of a model's weights,
-    that of the open_clip_config.json beside them: a list."""
+    that of the file beside them that says mean and std: a list."""
     path = weights_in(path.removeprefix(LOCAL_DIR)) if is_local(path) else Path(path)
-    config = path.with_name(CONFIG)
-    read = word in ("model", "pretrained") and config.is_file()
+    config = next((file for file in map(path.with_name, (CONFIG, PIXELS)) if file.is_file()), None)
+    read = word in ("model", "pretrained") and config
     return [sha256(path), *([sha256(config)] if read else [])]
 
 
@@ -175,9 +178,20 @@ def placeless(word, value):
     return PLACES.sub("images", str(value)) if word in ("dataset", "tasks") else value
 
 
+def completed(options):
+    """A config or an identity, also of an earlier version, which knew no protocols and resized all images in
+    files bicubically; a toy run has none."""
+    if "protocol" in options:
+        return options
+    files = options.get("data_root") or any(PLACES.search(str(options.get(word)))
+                                            for word in ("dataset", "tasks"))
+    return options | {"protocol": DEFAULT, "interpolation": "bicubic" if files else "bilinear"}
+
+
 def differences(one, other, ignoring=()):
     """In words, which options of two identities differ: "--lr 0.1 (here 0.2), …"; "" if none. Data may lie
     elsewhere: see `placeless`."""
+    one, other = completed(one), completed(other)
     words = sorted(word for word in {*one, *other} - {*ignoring}
                    if placeless(word, one.get(word)) != placeless(word, other.get(word)))
     called = {word: "sources" if word == "code" else f"--{word.replace('_', '-')}" for word in words}
@@ -215,6 +229,12 @@ def length(least, strict=False):
     return parse
 
 
+def passes(text):
+    """A number of passes over a data set, above 0: an int if it is whole."""
+    value = number(float, 0, strict=True, most=10**6)(text)
+    return int(value) if value == int(value) else value
+
+
 def cadence(text):
     """A number of steps, or of minutes with an m."""
     (number(float, 0, strict=True) if text.endswith("m") else number(int, 1))(text.removesuffix("m"))
@@ -222,8 +242,8 @@ def cadence(text):
 
 
 def resizing(text):
-    """A number of pixels, or none: images as they are."""
-    return text if text == "none" else number(int, 1, most=2**14)(text)
+    """A number of pixels, or a way of `to_pixels`."""
+    return text if text in ("none", "squash", "longest") else number(int, 1, most=2**14)(text)
 
 
 def adaptation(text):
@@ -291,7 +311,7 @@ def doubts(args):
 
 
 # options that change nothing but for one of these attacks
-USED_WITH = {"queries": ("square", "autoattack"), "step_size": ("pgd", "cw")}
+USED_WITH = {"queries": ("square", "autoattack", "autoattack-fast"), "step_size": ("pgd", "cw")}
 
 
 def unused(parser, args, known):
@@ -308,22 +328,60 @@ def default_dtype(args, training):
     return "bf16" if gpu and training or args.model != "toy" and has_bf16(args.device) else "fp32"
 
 
+def default_compile(args):
+    """On a GPU; but of vision transformers with a class token alone, with which it is tried."""
+    if not (args.device.startswith("cuda") and kernels.COMPILER):
+        return False
+    image_size(args.model, args.pretrained)             # ValueError: no such model
+    return plain_vit(model_config(args.model)["vision_cfg"])
+
+
 def data_options(args, names):
     """What `load_task` is told of the sets `names` of one command. ValueError."""
     return {"size": image_size(args.model, args.pretrained), "data_root": args.data_root, "limit": args.limit,
-            "resize": args.resize, "words": own_words(names, args.class_names, args.template)}
+            "protocol": args.protocol, "resize": args.resize or own_resize(args.model, args.pretrained),
+            "interpolation": args.interpolation, "words": own_words(names, args.class_names, args.template)}
 
 
-def add_shared_options(parser, *, training):
-    """Add the options that both stages have, with the defaults of this stage."""
-    def on_gpu(args):
-        return args.device.startswith("cuda")
-    option = partial(parser.option, parser.add_argument_group("model"))
-    option("--model", lambda args: "toy", help="an open_clip name, local-dir:PATH, hf-hub:ORG/REPO, or toy "
-           "(default: toy)")
-    option("--pretrained", lambda args: f"seed{args.seed}" if args.model == "toy" else None, path=True,
-           help="an open_clip tag, a file, or none; for the toy: seedN, trained on first use")
+def by_protocol(word):
+    """A default that the protocol sets."""
+    return lambda args: getattr(PROTOCOLS[args.protocol], word)
+
+
+def measured_as(args):
+    """What settled options make of the protocol, for results.json: a dict. Sizes are in pixels."""
+    rules, size = PROTOCOLS[args.protocol], image_size(args.model, args.pretrained)
+    small = resized(args.protocol, "cifar10", size)
+    resize = args.resize or own_resize(args.model, args.pretrained)
+    return {"protocol": args.protocol, "source": rules.source,
+            "resize": resized(args.protocol, "", size, resize), "interpolation": args.interpolation,
+            "cifar10, cifar100, stl10": "their own size, enlarged in the model" if small == "none" else small,
+            "squashed": rules.squash if resize is None else (),
+            "templates": getattr(args, "templates", rules.templates), "photo": rules.photo,
+            "sets in the mean": rules.sets, "attack": getattr(args, "attack", "pgd"),
+            "steps": getattr(args, "eval_steps", args.steps)}
+
+
+def protocol_words(args, measured=None):
+    """The name of the protocol, and what options beside it, or the model, set otherwise, for a table's head.
+    measured: of `measured_as`, if it was recorded."""
+    rules = PROTOCOLS[args.protocol]
+    usual = {"resize": None, "interpolation": rules.interpolation, "templates": rules.templates,
+             "template": None}
+    values = [(word, getattr(args, word, value)) for word, value in usual.items()]
+    others = [f"--{word} {value}" for word, value in values if value != usual[word]]
+    own = (measured or {}).get("resize")
+    if own in ("squash", "longest") and args.resize is None:
+        others.append(f"the model's own --resize {own}")
+    return f"protocol {args.protocol}" + f" with {' '.join(others)}" * bool(others)
+
+
+def add_data_options(parser, *, training):
+    """Add the options that say which images both stages take, and how."""
     option = partial(parser.option, parser.add_argument_group("data"))
+    option("--protocol", DEFAULT, choices=PROTOCOLS, help="whose way of measuring: how images are resized, "
+           "prompts, which sets count in the mean"
+           + ", attack and steps" * (not training) + "; other options override it (docs/evaluation.md)")
     option("--tasks", "all", help="to evaluate on: a comma list of toy tasks, data sets (docs/data.md), "
            "folder:PATH, wds:PATH, cache:FILE; all: the toy's zero-shot ones, or what is under --data-root; "
            "none")
@@ -333,20 +391,34 @@ def add_shared_options(parser, *, training):
     option("--class-names", metavar="FILE", path=True, help="of a folder, shards or cache: one a line, in "
            "the order of its classes; or folder<TAB>name (default: as its folders are called)")
     option("--template", metavar="TEXT|FILE", path=True, help="prompt of a folder, shards or cache, {} for "
-           "the class name; a file has one a line, of which the average is taken (default: This is a photo "
-           "of a {})")
-    option("--resize", type=resizing, metavar="N|none", help="of the shorter side of images in files, before "
-           "the centre is cropped (default: 256/224 of the model's resolution); none: images that are all of "
-           "one size stay as they are, and are attacked at it")
+           "the class name, {c} for it as it is; a file has one a line, of which the average is taken "
+           "(default: the protocol's, This is a photo of a {})")
+    option("--resize", type=resizing, metavar=RESIZE, help="of the shorter side of images in files, before "
+           "the centre is cropped (default: the protocol's, 256/224 of the model's resolution; or as the "
+           "model was trained, if otherwise); squash: of both, to a square; longest: of the longer one, the "
+           "rest is black; none: images that are all of one size stay as they are, and are attacked at it")
+    option("--interpolation", by_protocol("interpolation"), choices=INTERPOLATIONS,
+           help="of images in files, when they are resized (default: the protocol's, bilinear)")
     option("--workers", min(8, os.cpu_count() or 1), type=number(int, 0, most=257), result=False,
            help="processes that decode images")
+
+
+def add_shared_options(parser, *, training):
+    """Add the options that both stages have, with the defaults of this stage."""
+    option = partial(parser.option, parser.add_argument_group("model"))
+    option("--model", lambda args: "toy", help="an open_clip name, local-dir:PATH, hf-hub:ORG/REPO, or toy "
+           "(default: toy)")
+    option("--pretrained", lambda args: f"seed{args.seed}" if args.model == "toy" else None, path=True,
+           help="an open_clip tag, a file, or none; for the toy: seedN, trained on first use")
+    add_data_options(parser, training=training)
     option = partial(parser.option, parser.add_argument_group(
         f"attack in {'training' if training else 'evaluation'}"))
     option("--norm", lambda args: "linf", choices=("linf", "l2"), help="of the ε-ball; l2 wants --eps "
            "(default: linf)")
     option("--eps", default_eps, type=length(0), metavar="N|N/R", help="radius of the ball: 8 or 8/255, in "
            "1/255; 0.5/1, where pixels are in [0,1] (default: 1; toy: 11)")
-    option("--steps", 2 if training else 100, type=number(int, 1), help="gradient steps")
+    option("--steps", 2 if training else by_protocol("steps"), type=number(int, 1),
+           help="gradient steps" + " (default: the protocol's, 100)" * (not training))
     option("--step-size", partial(default_step_size, training=training), type=length(0, strict=True),
            metavar="N|N/R", help="length of a step, as --eps (default: " + (
                "ε · 2 / steps, at most 1.25 ε; toy and l2: 1.25 ε / steps)" if training else
@@ -363,9 +435,9 @@ def add_shared_options(parser, *, training):
            "pixels and patch embedding are fp32, and what is reported comes from an fp32 forward. auto: bf16 "
            "for real models where GPU or CPU has it, else fp32; a run that is there keeps its own (default: "
            "auto)")
-    option("--compile", lambda args: on_gpu(args) and kernels.COMPILER, resumable=True,
-           action=argparse.BooleanOptionalAction, help="torch.compile "
-           f"{'attack and update' if training else 'the encoder'}, a minute at the start (default: on a GPU)")
+    option("--compile", default_compile, resumable=True, action=argparse.BooleanOptionalAction,
+           help=f"torch.compile {'attack and update' if training else 'the encoder'}, a minute at the start "
+           "(default: on a GPU, of vision transformers with a class token)")
     option("--kernels", "auto", choices=("auto", "triton", "torch"), resumable=True,
            help="auto: Triton on a GPU, else the same in PyTorch")
     option("--out", metavar="DIR", result=False, help="folder to write to (default: a name under out/)")

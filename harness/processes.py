@@ -105,6 +105,7 @@ def start(args):
     if args.compile and not kernels.COMPILER:
         raise ValueError("--compile needs a C compiler, such as gcc")
     kernels.use(args.kernels, device)
+    torch.backends.cudnn.allow_tf32 = False             # fp32 is fp32 in convolutions too, to report with
     if WORLD > 1:
         store, *_ = next(dist.rendezvous("env://"))
         # on one machine torchrun's restarts are counted alike: what killed processes left there stays theirs

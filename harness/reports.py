@@ -5,7 +5,8 @@ import textwrap
 import warnings
 from pathlib import Path
 
-from prompts import clean_class_name
+from prompts import fill
+from tasks.benchmarks import counts
 from tasks.images import printable
 
 
@@ -47,6 +48,13 @@ def mean(rows):
     counted = [row for row in rows.values() if row["n"]]
     return {"tasks": len(counted)} | {kind: sum(row[kind] for row in counted) / len(counted) if counted else
                                       None for kind in ("clean", "robust")}
+
+
+def outside_the_mean(names, protocol):
+    """A line that says which of the sets do not count in a protocol's mean; "" if all or none do."""
+    outside = [name for name in names if not counts(protocol, name)]
+    return f"outside the mean of protocol {protocol}: {', '.join(outside)}\n" * (
+        0 < len(outside) < len(names))
 
 
 def nothing_readable(results):
@@ -131,7 +139,7 @@ def percent(value):
 def example_prompt(row):
     """The prompt of a row's first class."""
     template = row["template"] if isinstance(row["template"], str) else row["template"][0]
-    return template.replace("{}", clean_class_name(row["class_names"][0]))
+    return fill(template, row["class_names"][0])
 
 
 def markdown_table(results, adapted=()):

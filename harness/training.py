@@ -3,7 +3,9 @@
 train_tecoa.py calls the methods of one TrainingRun in the order in which they stand here. A run that is
 killed at any time goes on to the same bits: what its checkpoint does not hold follows from seed and step.
 """
+import argparse
 import copy
+import json
 import os
 import shutil
 import signal
@@ -16,22 +18,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from harness import files, processes
 from harness.checkpoints import FORMAT, load_visual, read_checkpoint, save_checkpoint
 from harness.log import Log
-from harness.options import data_options, differences, doubts
+from harness.options import completed, data_options, differences, doubts, measured_as, protocol_words
 from harness.processes import DTYPES, LAUNCH, RANK, RESTARTS, WORLD, environment, gathered, rank0
 from harness.reports import (at_chance, ball, draw_curves, draw_examples, guessing, markdown_table,
-                             nothing_readable, try_to_draw)
+                             nothing_readable, outside_the_mean, try_to_draw)
 from harness.trackers import Trackers
-from model import parts_of
+from model import parts_of, resolution
 from prompts import prompt_warnings
+from tasks.benchmarks import BENCHMARKS, set_of
 from tasks.contents import differing, fingerprint
+from tasks.images import say_once
 from tasks.loading import batches, on_device
 from tasks.sampling import few_shots, training_order
-from tasks.task import load_task, task_names
+from tasks.task import data_set, load_task, task_names
 
 NAME = ("model", "loss", "adapt", "seed")               # what the name of every run says
 PROMPTS = {"image-prompt": "border", "token-prompt": "tokens"}          # {--adapt: name in ImageEncoder}
@@ -56,6 +61,9 @@ class TrainingRun:
             self.start, known = start_of(args) if args.init and not begun else (None, {})
             self.args, self.left_open = parser.settle(args, **known), args.dtype is None
             del self.args.resume, self.args.overwrite
+            # the published sets adapted on, here and before --init: none of these images are evaluated on
+            before = (self.start or self.checkpoint or {}).get("adapted", ())
+            self.adapted = sorted({set_of(self.args.dataset), *before} & {*BENCHMARKS})
             self.out = Path(args.out or f"out/{parser.name(self.args, NAME, **known)}")
             self.args.out, self.identity = str(self.out), parser.identity(self.args)
             self.warnings = doubts(self.args)
@@ -141,7 +149,7 @@ class TrainingRun:
         if all(found["drawn"] for found in before):
             return ""                                   # by the sources
         try:
-            train, *others = load_data(self.args)
+            train, *others = load_data(self.args, self.adapted)
         except (ValueError, OSError) as error:
             return f"whether its images have changed since is not known: {error}"
         tasks = [train, *sum(others, [])]
@@ -159,12 +167,18 @@ class TrainingRun:
         total_steps = min(schedule_steps, self.args.max_steps or schedule_steps)
         self.clip, self.total_steps, self.warmup = clip, total_steps, warmup
         self.data = rank0(lambda: [fingerprint(task) for task in (train, *others)])
+        self.measured_as = json.loads(json.dumps(measured_as(self.args)))
         self.classes, self.per_epoch = len(train.class_names), len(train.images) // self.args.batch_size
         before = self.checkpoint or {"training": {}, "config": vars(self.args)}
         parts = len(before["training"].get("window", [0] * WORLD)), before["config"]["accumulate"]
         if compares_images and parts != (WORLD, self.args.accumulate):
             raise ValueError(f"--loss {self.args.loss} contrasts the images of a micro-batch: go on in "
                              f"{parts[0]} process(es), with --accumulate {parts[1]}")
+        images = data_set(train)
+        side = images.tensors[0].shape[-1] if isinstance(images, TensorDataset) else images.size
+        if "protocol" not in before["config"] and side != resolution(clip.visual)[0]:
+            raise ValueError(f"the run in {self.out} was begun by an earlier version, which enlarged images "
+                             f"of {side} pixels with antialiasing: it cannot go on; --out DIR begins another")
         data = before["training"].get("data")
         if isinstance(data, str):
             self.print(f"note: whether the images of {train.name} are those that the run began with is not "
@@ -238,7 +252,7 @@ class TrainingRun:
         if not self.checkpoint:
             files.remove_results(self.out)
             save_checkpoint(self.out / "ckpt.pt", self.clip, vars(self.args), step=0, launch=LAUNCH,
-                            training={"identity": self.identity})
+                            training={"identity": self.identity}, adapted=self.adapted)
             return
         print(f"Going on after step {self.first_step:,}, from {self.checkpoint['file']}.", flush=True)
         (self.out / "results.json").unlink(missing_ok=True)
@@ -251,7 +265,8 @@ class TrainingRun:
         path = self.out / "results_before.json"
         known = rank0(lambda: files.read_json(path)) if self.checkpoint else None
         if known and {*known["tasks"], *known.get("adapted", ())} == {*names} and (
-                known.get("data", self.data[1:]) == self.data[1:]):
+                known.get("data", self.data[1:]) == self.data[1:]
+                and known.get("measured_as") == self.measured_as):
             return known
         results = make()
         with self.refusing():
@@ -262,7 +277,7 @@ class TrainingRun:
                 self.print(f"warning: {name}: {guessing(row)}")
         if RANK == 0:
             files.write_json(path, {"config": vars(self.args) | environment(self.device),
-                                    "data": self.data[1:], **results})
+                                    "data": self.data[1:], "measured_as": self.measured_as, **results})
         return results
 
     def once(self, name, make):
@@ -325,7 +340,7 @@ class TrainingRun:
             return net
         devices = [self.device] if self.device.type == "cuda" else None
         wrapped = DistributedDataParallel(net, device_ids=devices)
-        wrapped(torch.zeros(1, 3, *self.clip.visual.image_size, device=self.device)).sum().backward()
+        wrapped(torch.zeros(1, 3, *self.encoder.size, device=self.device)).sum().backward()
         net.zero_grad()
         return wrapped
 
@@ -471,7 +486,8 @@ class TrainingRun:
                 self.log.sync()
                 self.trackers.tell("flush")
                 save_checkpoint(self.out / "ckpt.pt", self.clip, vars(self.args), step=step, launch=LAUNCH,
-                                training=training, **({"prompts": prompts} if prompts else {}))
+                                training=training, adapted=self.adapted,
+                                **({"prompts": prompts} if prompts else {}))
             except OSError as error:
                 self.stop(f"stopped after step {step}: {error}; what was saved before is whole: make room, "
                           f"then --resume {self.out}", draw=False)
@@ -506,6 +522,7 @@ class TrainingRun:
         if RANK == 0:
             facts = {"config": vars(self.args) | environment(self.device), "identity": self.identity,
                      "code": files.source_version(), "data": self.data, "step": self.total_steps,
+                     "measured_as": self.measured_as,
                      "trained": sum(p.numel() for p in self.trainable.values())}
             more = {"skipped": self.skipped, "warnings": self.warnings}
             after = facts | {word: value for word, value in more.items() if value} | after
@@ -525,18 +542,23 @@ class TrainingRun:
         config = after["config"]
         if after["tasks"]:
             steps, eps = config["eval_steps"], config["eps"] / 255
-            print(f"\nPGD-{steps}, {ball(config['norm'], eps, eps / min(4, steps))}\n")
+            how = protocol_words(argparse.Namespace(**completed(config)), after.get("measured_as"))
+            print(f"\n{how}: PGD-{steps}, {ball(config['norm'], eps, eps / min(4, steps))}\n")
             tables = ({"CLIP": before} if before else {}) | {config["loss"]: after}
             print(markdown_table(tables, after.get("adapted", ())))
+            if outside := outside_the_mean(after["tasks"], completed(config)["protocol"]):
+                print(f"\n{outside}", end="")
         print_warnings(after.get("warnings", ()))
 
 
-def load_data(args):
-    """(the Task to adapt on, [those to evaluate on], [held-out images of the first, if not among these])."""
+def load_data(args, adapted=()):
+    """(the Task to adapt on, [those to evaluate on], [held-out images of the first, if not among these]).
+    adapted: of `load_task`."""
     names = task_names(args.tasks, args.dataset, args.data_root)
-    where = data_options(args, [args.dataset, *names])
+    where = data_options(args, [args.dataset, *names]) | {"adapted": adapted}
     tasks = [load_task(name, "val", **where) for name in names]
-    train = load_task(args.dataset, "train", **where)
+    # a protocol's ensembles are for the tables
+    train = load_task(args.dataset, "train", **where, templates="paper")
     train = few_shots(train, args.shots, args.seed, args.workers) if args.shots else train
     seen = not tasks or train.name in [task.name for task in tasks]
     return train, tasks, [] if seen else [load_task(args.dataset, "val", **where)]
@@ -571,10 +593,14 @@ def options_of_run(parser, args):
         raise ValueError(f"--out {args.out}: --resume goes on in its own folder, {file.parent}")
     try:
         checkpoint = newest_run(file.parent) if RESTARTS else read_run(file)
-        options = parser.parse_args(parser.words(checkpoint["config"]) + sys.argv[1:])
+        config = completed(checkpoint["config"])
+        options = parser.parse_args(parser.words(config) + sys.argv[1:])
     except (ValueError, OSError) as error:
         raise ValueError(f"--resume {args.resume}: {error}") from None
     options.out = str(file.parent)
+    if config["interpolation"] != checkpoint["config"].get("interpolation", "bilinear"):
+        say_once(f"note: {args.resume} was begun by an earlier version, which resized images bicubically: it "
+                 "goes on so, with --interpolation bicubic")
     return options, checkpoint
 
 

@@ -40,6 +40,15 @@ def open_cache(path):
     return images, index
 
 
+def set_in(path):
+    """The name of the published set that a cache is of; "": of none, or there is no cache."""
+    try:
+        with np.load(f"{path}.index.npz") as arrays:    # of which this reads one
+            return str(arrays["set"]) if "set" in arrays else ""
+    except Exception:                                   # to open it says what is wrong
+        return ""
+
+
 def damaged(path, offset, index):
     """The images in the file that do not have the crc32 of the index: (their numbers, a line about them)."""
     with open(path, "rb") as file, tqdm(index["crc32"].tolist(), desc="verify", unit="image") as bar:
@@ -52,24 +61,46 @@ def damaged(path, offset, index):
     return bad, f"{len(bad):,} of {len(index['labels']):,} images are damaged: {', '.join(first)}"
 
 
+def how_made(index):
+    """How the images of a cache were resized: (--resize, --interpolation), as texts. An index without these
+    is of an earlier version, which resized to 256/224 of the size and bicubically, if not told otherwise."""
+    resize = str(index.get("resize", "")) or str(round(int(index["size"]) * 256 / 224))
+    return resize, str(index.get("interpolation", "bicubic"))
+
+
+def check_made(path, index, size, resize, interpolation):
+    """ValueError, in one line, if a cache was made for another size, or resized otherwise."""
+    made, wanted = how_made(index), (str(resize), interpolation)
+    if index["size"] != size and "none" not in (made[0], wanted[0]):
+        raise ValueError(f"{path} is of {index['size']} pixels, not {size}: make one with --size {size}")
+    if made != wanted and not made[0] == wanted[0] == "none":
+        made, wanted = (f"--resize {r}" + f" --interpolation {i}" * (r != "none") for r, i in (made, wanted))
+        raise ValueError(f"{path} was made with {made}, and is asked for with {wanted}: make one so with "
+                         f"data.py cache, or give {made}")
+
+
 class Cache(ImageSet):
-    """One split of a file by `python data.py cache`; an item is compared with its checksum. ValueError, in
-    one line: not a whole cache, made for another size or with another --resize, or without that split."""
-    def __init__(self, path, split, size, resize=None):
+    """One split of a file by `python data.py cache`; an item is compared with its checksum. resize,
+    interpolation: of `to_pixels`. set: the published set that it is of, or ""; renamed, retold: whether its
+    class names and its template are a user's. ValueError, in one line: not a whole cache, made for another
+    size or resized otherwise, or without that split."""
+    def __init__(self, path, split, size, resize, interpolation):
         images, index = open_cache(path)
-        splits, counts, made = index["parts"].tolist(), index["counts"], str(index.get("resize", ""))
-        if resize is not None and str(resize) != made:
-            raise ValueError(f"{path} was made with --resize {made or 'as it is by default'}, not {resize}: "
-                             f"make one with data.py cache --resize {resize}")
-        if index["size"] != size and made != "none":
-            raise ValueError(f"{path} is of {index['size']} pixels, not {size}: make one with --size {size}")
-        size, split = int(index["size"]), taken(splits, split, path)
+        check_made(path, index, size, resize, interpolation)
+        splits, counts = index["parts"].tolist(), index["counts"]
+        # of a set that comes without splits, all is there, and what is adapted on is part of it
+        unsplit = splits == ["all"] and bool(index.get("unsplit"))
+        size, split = int(index["size"]), "all" if unsplit else taken(splits, split, path)
         start, self.count = int(counts[:splits.index(split)].sum()), int(counts[splits.index(split)])
         self.path, self.split, self.size, self.offset = path, split, size, images.offset + start * 3 * size**2
         self.labels, self.paths, self.crc32 = (
             index[name][start:start + self.count] for name in ("labels", "paths", "crc32"))
         self.containers = path, f"{path}.index.npz"
-        self.class_names, self.template = index[f"{split}_class_names"].tolist(), str(index["template"])
+        self.class_names, self.template = index[f"{split}_class_names"].tolist(), index["template"].tolist()
+        self.set = str(index.get("set", ""))
+        self.renamed, self.retold = bool(index.get("renamed")), bool(index.get("retold"))
+        if f"{split}_own_names" in index:       # of a published set
+            self.own_names = index[f"{split}_own_names"].tolist()
         if f"{split}_classes" in index:         # what their folders are called
             self.classes = index[f"{split}_classes"].tolist()
 

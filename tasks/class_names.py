@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from prompts import clean_class_name
 from tasks.images import printable, say_once
 
 
@@ -22,6 +23,22 @@ def folder_names(file):
 
 imagenet_class_names = functools.partial(folder_names, "imagenet_classes.txt")      # of its 1,000 folders
 country_names = functools.partial(folder_names, "country211_classes.txt")           # of Country-211's
+
+# what CLIP calls three of the Flowers-102 otherwise than torchvision, and sets whose own names are CLIP's to
+# the letter (openai/CLIP, data/prompts.md)
+CLIP_FLOWERS = {"globe-flower": "globe flower", "pink-yellow dahlia?": "pink and yellow dahlia",
+                "ball moss": "air plant"}
+CLIP_LETTERS = "aircraft", "cars", "country211", "dtd", "flowers102", "pets"
+
+
+def openai_names(name, classes):
+    """CLIP's curated names of a set's classes, of ImageNet's by their WordNet ids; of a set that CLIP's
+    authors published none for, or the same, its own: those of shards as they are, others as English."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES        # here, as open_clip takes seconds
+    known = dict(zip(imagenet_class_names(), IMAGENET_CLASSNAMES))
+    known |= {"country211": country_names(), "flowers102": CLIP_FLOWERS}.get(name, {})
+    as_they_are = name in CLIP_LETTERS or name.startswith("wds:")
+    return [known.get(c, c if as_they_are else clean_class_name(c)) for c in classes]
 
 
 def _lines(path, option):
@@ -56,16 +73,17 @@ def read_class_names(path):
 
 
 def read_template(text):
-    """--template: a text with {} (or {c}) for the class name, or a file with one a line, a list: an ensemble.
-    ValueError, in one line."""
+    """--template: a text with {} or {c} for the class name, as `fill` takes it; or a file with one a line, a
+    list: an ensemble. ValueError, in one line."""
     lines = _lines(text, "--template") if os.path.isfile(text) else [text]
     lines = [line.strip() for line in lines if not (os.path.isfile(text) and line.startswith("# "))]
-    lines = [line if "lambda" in line else line.replace("{c}", "{}") for line in lines]
-    wrong = [line for line in lines if "{}" not in line or re.search("[{}]", line.replace("{}", ""))]
+    # without the places for the name; in a line of Python {c} is none
+    rests = {line: re.sub(r"\{\}" if "lambda" in line else r"\{c?\}", "", line) for line in lines}
+    wrong = [line for line, rest in rests.items() if rest == line or re.search("[{}]", rest)]
     if wrong:
         what = "" if os.path.isfile(text) else ", which is no file either"
         raise ValueError(f"--template: {printable(wrong[0])!r} has no {{}} for the class name{what}"
-                         if "{}" not in wrong[0] else
+                         if rests[wrong[0]] == wrong[0] else
                          f"--template: {printable(wrong[0])!r} has more braces than {{}} for the class name")
     return lines if len(lines) > 1 else lines[0]
 

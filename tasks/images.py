@@ -113,12 +113,17 @@ def rgb(source):
         return image.convert("RGB")
 
 
-def to_pixels(size, resize=None):
+def to_pixels(size, resize=None, interpolation="bilinear"):
     """A function: an image as `rgb` takes it → uint8 [3,size,size], by Resize(resize), None for 256/224·size,
-    and CenterCrop(size); resize="none": by neither, ValueError for another size."""
-    if resize not in (None, "none") and resize < size:
+    and CenterCrop(size); resize="squash": both sides to size; "longest": the longer one, and black bars
+    beside it (these two are open_clip's resize_mode); "none": by neither, ValueError for another size.
+    interpolation: bilinear or bicubic, with antialiasing, as PIL and torchvision do both."""
+    resize = round(size * 256 / 224) if resize is None else resize
+    if isinstance(resize, int) and resize < size:
         raise ValueError(f"--resize {resize} is less than the {size} pixels that are cropped from it")
     from torchvision.transforms.v2 import functional as F       # here, as that takes over a second
+
+    how = Image.Resampling[interpolation.upper()]
 
     def pixels(source):
         with warnings.catch_warnings():
@@ -126,10 +131,16 @@ def to_pixels(size, resize=None):
             image = rgb(source)
             if resize == "none" and image.size != (size, size):
                 raise ValueError(f"{image.width:,}×{image.height:,} pixels, not {size}×{size}")
-            if resize != "none":
+            if resize == "squash":
+                image = F.resize(image, [size, size], how)
+            elif resize == "longest":
+                sides = [round(side / (max(image.size) / size)) for side in (image.height, image.width)]
+                image = F.resize(image, [max(side, 1) for side in sides], how)
+                image = F.center_crop(image, [size, size])
+            elif resize != "none":
                 most = 64 * min(image.size)      # resized, 1×60,000 would be 256×15 million: only its middle
                 image = F.center_crop(image, [min(image.height, most), min(image.width, most)])
-                image = F.resize(image, resize or round(size * 256 / 224), Image.Resampling.BICUBIC)
+                image = F.resize(image, resize, how)
                 image = F.center_crop(image, [size, size])
             return F.pil_to_tensor(image)
     return pixels
@@ -167,9 +178,9 @@ def side(sources):
 
 
 class Images(ImageSet):
-    """Images of (file, label) pairs, or of a torchvision set kept in one file. size, resize: of `to_pixels`;
-    size None: that of the first image, which is kept in `size`."""
-    def __init__(self, name, samples, size, resize=None):
+    """Images of (file, label) pairs, or of a torchvision set kept in one file. size, resize, interpolation:
+    of `to_pixels`; with resize="none", size None is that of the first image, which is kept in `size`."""
+    def __init__(self, name, samples, size, resize=None, interpolation="bilinear"):
         self.name, self.count = name, len(samples)
         self.samples, self.files, self.labels = samples, None, None
         if isinstance(samples, list):       # arrays: lists' reference counts would copy them to each worker
@@ -178,7 +189,7 @@ class Images(ImageSet):
             self.samples, self.labels = None, np.array([label for _, label in samples], np.int64)
         if size is None:
             size = side(functools.partial(self.source, i) for i in range(self.count))
-        self.size, self.to_pixels = size, to_pixels(size, resize)
+        self.size, self.to_pixels = size, to_pixels(size, resize, interpolation)
 
     def path(self, index):
         return self.start + os.fsdecode(self.files[index])
@@ -231,7 +242,7 @@ def holds_images(folder):
 class Folder(Images):
     """PATH/<class>/<image>, images as torchvision's ImageFolder finds them, but for hidden ones; how many
     files are left out because of their names is said. ValueError, in one line: no such folder, or another."""
-    def __init__(self, path, size, resize=None):
+    def __init__(self, path, size, resize=None, interpolation="bilinear"):
         self.root, shown, samples, others = Path(path), printable(path), [], []
         if not self.root.is_dir():
             raise ValueError(f"no such folder: {shown}")
@@ -259,7 +270,7 @@ class Folder(Images):
         if others:
             say_once(f"{len(others):,} files under {shown} are left out, they are in no class's folder, or "
                      f"not called like images: {printable(others[0])}{', …' if len(others) > 1 else ''}")
-        super().__init__(path, samples, size, resize)
+        super().__init__(path, samples, size, resize, interpolation)
 
     def file(self, index):
         return os.path.relpath(self.path(index), self.root)
@@ -316,8 +327,8 @@ class Shards(ImageSet):
     has no label, or more than one, is an item that cannot be read; how many members are neither images nor
     labels, and which keys occur twice, is said. ValueError, in one line, for a damaged tar: a part is no
     accuracy."""
-    def __init__(self, tars, size, classes, resize=None):
-        self.tars, self.containers, self.names, self.wrong = tars, tars, [], {}
+    def __init__(self, tars, size, classes, resize=None, interpolation="bilinear"):
+        self.tars, self.containers, self.names, self.wrong, self.left_out = tars, tars, [], {}, None
         names = [*enumerate(classes)]
         self.numbers = {" ".join(name.lower().split()): number for number, name in reversed(names)}
         spans, others, twice = [], [], []   # spans [count, 5]: the tar; image's offset and bytes; label's
@@ -351,7 +362,20 @@ class Shards(ImageSet):
         self.count, self.spans = len(spans), np.array(spans, np.int64).reshape(-1, 5)
         if size is None:
             size = side(functools.partial(self.source, i) for i in range(self.count) if i not in self.wrong)
-        self.size, self.to_pixels = size, to_pixels(size, resize)
+        self.size, self.to_pixels = size, to_pixels(size, resize, interpolation)
+
+    def without(self, label):
+        """The same, but for the images of a class; the classes after it move up by one. Reads all labels."""
+        def kept(index):
+            try:
+                return index in self.wrong or self.label(index) != label
+            except (ValueError, OSError):               # an image that will be named when it is its turn
+                return True
+        some = [index for index in range(self.count) if kept(index)]
+        self.wrong = {i: self.wrong[index] for i, index in enumerate(some) if index in self.wrong}
+        self.names, self.spans = [self.names[index] for index in some], self.spans[some]
+        self.count, self.left_out = len(some), label
+        return self
 
     def where(self, index):
         return f"{self.names[index]} of {self.tars[self.spans[index, 0]]}"
@@ -367,13 +391,13 @@ class Shards(ImageSet):
     def label(self, index):
         """ValueError: it is neither a number nor the name of a class."""
         text = " ".join(self.source(index, 1).read().decode("utf-8", "replace").split())
-        if text.lstrip("-").isdecimal():
-            if self.numbers.get(text, int(text)) != int(text):
-                raise ValueError(f"its label {text} is a class's number and another class's name")
-            return int(text)
-        if text.lower() not in self.numbers:
+        number = text.lstrip("-").isdecimal()
+        label = int(text) if number else self.numbers.get(text.lower())
+        if number and self.numbers.get(text, label) != label:
+            raise ValueError(f"its label {text} is a class's number and another class's name")
+        if label is None:
             raise ValueError(f"its label {printable(text[:60])!r} is neither a number nor one of the classes")
-        return self.numbers[text.lower()]
+        return label - (self.left_out is not None and label > self.left_out)
 
     def read(self, index):
         if index in self.wrong:

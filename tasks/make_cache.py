@@ -7,58 +7,106 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, TensorDataset
 from tqdm import tqdm
 
-from tasks.cache import FORMAT, RECORD, damaged, open_cache
-from tasks.images import Folder
+from tasks.benchmarks import BENCHMARKS, TEMPLATE, UNSPLIT, set_of
+from tasks.cache import FORMAT, RECORD, damaged, how_made, open_cache
+from tasks.images import Shards
 from tasks.loading import batches
 from tasks.locks import lock_file
-from tasks.splits import TAKEN
-from tasks.task import image_root, load_task, split_folder
+from tasks.protocols import DEFAULT, PROTOCOLS, resized
+from tasks.splits import TAKEN, NoSplit
+from tasks.task import image_root, load_task
 
 BATCH = 128             # images that are decoded, written and recorded at a time
 
 
 def splits_of(dataset, data_root, how):
-    """The Tasks of a folder: of its train split, if it has one, and of that which is evaluated on. how: of
-    `load_task`. ValueError: it has neither."""
-    tasks, problem = [], None
-    for split in TAKEN:
+    """The Tasks of a data set: of its train split, if it has one, and of that which is evaluated on; one of
+    all images, if it is not split. What half a download lacks is said. how: of `load_task`. ValueError: it
+    has neither."""
+    tasks, problems = {}, []
+    for split in reversed(TAKEN):
+        if split == "train" and "val" in tasks and tasks["val"].split == "all":
+            continue                                    # among those already
         try:
-            split_folder(dataset, split, data_root)
+            tasks[split] = load_task(dataset, split, data_root=data_root, **how)
         except ValueError as error:
-            problem = error
-            continue
-        tasks.append(load_task(dataset, split, data_root=data_root, **how))
+            problems.append(error)
+            if not isinstance(error, NoSplit) and not (dataset in BENCHMARKS and dataset != "imagenet"):
+                raise
     if not tasks:
-        raise problem
-    return tasks
+        raise problems[0]
+    for error in problems:
+        if not isinstance(error, NoSplit):
+            print(f"left out: {error}", flush=True)
+    return [tasks[split] for split in TAKEN if split in tasks]
 
 
-def sources(dataset, data_root, size, resize):
-    """(a Task of the images of its splits, train first; {name: array} for the index)."""
-    if dataset != "imagenet" and not dataset.startswith("folder:"):
-        raise ValueError(f"imagenet and folder:PATH can be cached, not {dataset}")
-    root = image_root(dataset, data_root)
-    tasks = splits_of(dataset, data_root, {"size": size, "resize": resize})
-    if not all(isinstance(task.images, Folder) for task in tasks):
-        raise ValueError(f"{dataset} is there as shards: only folders can be cached")
-    size, *others = (task.images.size for task in tasks)
+def facts_of(images, root):
+    """(labels int64 [n], what names each image, [bytes], what tells that it is another now, [text]) of a data
+    set. A label that cannot be read is −1: to decode the image says why."""
+    if isinstance(images, TensorDataset):
+        pixels, labels, _ = images.tensors
+        names = [f"image {number}".encode() for number in range(len(labels))]
+        return labels.numpy(), names, [zlib.crc32(x) for x in pixels.numpy()]
+    numbers = range(len(images))
+    if getattr(images, "files", None) is not None:
+        paths = [images.path(number) for number in numbers]
+        stats = [os.stat(path) for path in paths]
+        return (images.labels, [os.fsencode(os.path.relpath(path, root)) for path in paths],
+                [f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats])
+    stats = [os.stat(path) for path in images.containers]
+    files = " ".join(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)
+    if isinstance(images, Shards):
+        def label(number):
+            try:
+                return images.label(number)
+            except (ValueError, OSError):
+                return -1
+        return (np.array([label(n) for n in numbers], np.int64), [os.fsencode(name) for name in images.names],
+                [f"{files} {span}" for span in images.spans.tolist()])
+    return images.labels, [f"image {number}".encode() for number in numbers], [files] * len(images)
+
+
+def sources(dataset, data_root, size, how, words):
+    """(a Task of the images of its splits, train first; {name: array} for the index). how: the resize,
+    interpolation and protocol of `load_task`."""
+    if dataset not in BENCHMARKS and not dataset.startswith(("folder:", "wds:")):
+        raise ValueError("sets by their names (docs/data.md), folder:PATH and wds:PATH can be cached, "
+                         f"not {dataset}")
+    tasks = splits_of(dataset, data_root, {"size": size, "words": words, "templates": "paper", **how})
+    published, known = dataset in BENCHMARKS and dataset != "imagenet", set_of(dataset)
+    root = Path(data_root) if published else image_root(dataset.replace("wds:", "folder:", 1), data_root)
+    rules = PROTOCOLS[how["protocol"]]
+    resize = resized(how["protocol"], known or dataset, size, how["resize"])
+    interpolation = how["interpolation"] or rules.interpolation
+    size, *others = (task.images.tensors[0].shape[-1] if isinstance(task.images, TensorDataset) else
+                     task.images.size for task in tasks)
     if {*others} > {size}:
         raise ValueError(f"{dataset} has images of {size} pixels in one split, of {others[0]} in the other")
-    labels, made_of = np.concatenate([task.images.labels for task in tasks]), str(root.resolve())
-    paths = [os.path.relpath(task.images.path(i), root) for task in tasks for i in range(len(task.images))]
-    made = f"{made_of} {size}" + f" {resize}" * (resize is not None)
-    source = [zlib.crc32(os.fsencode(f"{made} {name} {label} {stat.st_size} {stat.st_mtime_ns}"))
-              for name, label in zip(paths, labels) for stat in [os.stat(root / name)]]
+    labels, paths, states = (sum(map(list, part), []) for part in zip(
+        *(facts_of(task.images, root) for task in tasks)))
+    made_of = str(root.resolve()) + f" ({dataset})" * published
+    # a cache by an earlier version, which resized bicubically, goes on and is known again
+    made = (f"{made_of} {size}" + f" {resize}" * (resize != round(size * 256 / 224))
+            + f" {interpolation}" * (interpolation != "bicubic" and resize != "none"))
+    source = [zlib.crc32(os.fsencode(f"{made} {os.fsdecode(path)} {label} {state}"))
+              for path, label, state in zip(paths, labels, states)]
+    known, told = known if known in BENCHMARKS else "", [*zip(*dict(words).values())]
+    # a protocol's own usual prompt is put in when the cache is opened
+    renamed, retold = (any(found) for found in told) if told else (False, False)
+    template = TEMPLATE if tasks[0].template == rules.photo and not retold else tasks[0].template
     index = {"format": FORMAT, "made_of": made_of, "made_with": f"Pillow {PIL.__version__}", "size": size,
-             "resize": str(resize or ""), "template": tasks[0].template,
+             "resize": str(resize), "interpolation": interpolation, "template": template, "set": known,
+             "renamed": renamed, "retold": retold,
+             "unsplit": bool(known) and BENCHMARKS[known].train == UNSPLIT,
              "parts": [task.split for task in tasks], "counts": [len(task.images) for task in tasks],
              **{f"{task.split}_class_names": task.class_names for task in tasks},
-             **{f"{task.split}_classes": task.images.classes for task in tasks},
-             "labels": labels, "paths": [os.fsencode(path) for path in paths],
-             "source": np.array(source, RECORD["source"])}
+             **{f"{task.split}_{word}": getattr(task.images, word) for task in tasks
+                for word in ("classes", "own_names") if hasattr(task.images, word)},
+             "labels": labels, "paths": paths, "source": np.array(source, RECORD["source"])}
     everything = tasks[0]._replace(images=ConcatDataset([task.images for task in tasks]),
                                    class_names=max((task.class_names for task in tasks), key=len))
     return everything, {name: np.array(value) for name, value in index.items()}
@@ -97,17 +145,25 @@ def decode(task, index, file, records, workers):
     return offset
 
 
-def make_cache(dataset, out, *, size=224, data_root=None, workers=0, resize=None):
+def make_cache(dataset, out, *, size=224, data_root=None, workers=0, resize=None, interpolation=None,
+               protocol=DEFAULT, words=()):
     """Decode every image of a data set into the file `out`, and verify it; after an interruption, the rest.
-    size, resize: see `to_pixels`; resize="none": the images' own size. ValueError or OSError if it cannot
-    start; after that SystemExit, in one line, and what is done is kept."""
-    task, index = sources(dataset, data_root, size, resize)
+    size, resize, interpolation, protocol: of `load_task`; resize="none": the images' own size; words: of
+    `own_words`. ValueError or OSError if it cannot start; after that SystemExit, in one line, and what is
+    done is kept."""
+    how = {"resize": resize, "interpolation": interpolation, "protocol": protocol}
+    task, index = sources(dataset, data_root, size, how, words)
     size = int(index["size"])
     temporary, marker, n = Path(f"{out}.tmp"), Path(f"{out}.tmp.done"), len(index["source"])
     if os.path.exists(out):
         made = open_cache(out)[1]
         if not np.array_equal(made["source"], index["source"]):
-            raise ValueError(f"{out} is made of other images: {made['made_of']}, {made['size']} pixels")
+            raise ValueError(f"{out} is made of other images: {made['made_of']}, {made['size']} pixels, "
+                             f"--resize {' --interpolation '.join(how_made(made))}")
+        other = [word for word in index if (word == "template" or word.endswith("class_names"))
+                 and not np.array_equal(made[word], index[word])]
+        if other:
+            raise ValueError(f"{out} is made of these images with another {other[0].replace('_', ' ')}")
         marker.unlink(missing_ok=True)
         print(f"{out} is there already, made of these {n:,} images")
         return

@@ -1,13 +1,28 @@
 """Splits: which part of a data set is adapted on, and which is evaluated on."""
 import re
+from collections import defaultdict
+from itertools import count
 
 NAMES = {"train": ("train", "training", "trn"), "val": ("val", "valid", "validation", "dev", "eval"),
          "test": ("test", "testing")}
 OF_NAME = {name: split for split, names in NAMES.items() for name in names}
 # what may follow: train_images, val2017
 MORE = re.compile(r"[ _-]?(set|split|data|images?|imgs?)?[ _-]?(\d{4})?")
+FIFTH = 5
 # "all": of what is not split, which can be evaluated on and never trained on
 TAKEN = {"train": ("train",), "val": ("val", "test", "all")}
+
+
+class NoSplit(ValueError):
+    """A data set is there, and has not the split that was asked for."""
+
+
+def held_out(labels):
+    """bool [n]: which images of a set that comes without splits are kept from a model that adapts on it. Of
+    each class the 1st, 6th, 11th, … in the order of the set: a fifth, and one of each class at least.
+    labels: int [n]."""
+    places = defaultdict(count)
+    return [next(places[label]) % FIFTH == 0 for label in labels]
 
 
 def split_of(name):
@@ -55,5 +70,5 @@ def taken(splits, split, root):
     if name is None:
         wanted = " or ".join(name for name in TAKEN.get(split, (split,)) if name != "all")
         there = " and ".join("unsplit ones" if name == "all" else name for name in splits)
-        raise ValueError(f"{root} has no {wanted} images, only {there}")
+        raise NoSplit(f"{root} has no {wanted} images, only {there}")
     return name

@@ -19,7 +19,7 @@ from in_process import here
 from PIL import Image
 from runs import when
 
-from experiments import crosscheck, figures, runs
+from experiments import costs, crosscheck, figures, runs
 from experiments.figures import FIGURES
 from harness import checkpoints
 from harness.evaluation import lock
@@ -53,7 +53,8 @@ def command(tmp_path, monkeypatch, blank):
         if "fare" in made[-1] and plan.args.dataset == "digits":
             raise RuntimeError("train_tecoa.py --loss fare: the loss is nan")
         if script == "train_tecoa.py":
-            (out / "results.json").write_text(json.dumps({"trained": 1234 * len(words)}))
+            step = round(256 * float(options["--epochs"]))
+            (out / "results.json").write_text(json.dumps({"trained": 1234 * len(words), "step": step}))
             return
         clean, tasks = 50 + 3 * (plan.args.epochs == 100), {}
         for task in options["--tasks"].split(","):
@@ -98,7 +99,7 @@ def test_all_figures_of_two_seeds_and_nothing_twice(command, tmp_path):
     assert "with a warning: 8 of 72, the first: CLIP, seed 0, scans: odd." in text
     assert "ε = 6, 11, 16/255" in text
     trained = [m for m in made if m.startswith("train")]
-    assert len(trained) == len({*trained}) == 2 * 25 and len({*made}) == len(made)
+    assert len(trained) == len({*trained}) == 2 * 39 and len({*made}) == len(made)
     assert sum("--interpolate" in m for m in made) == 2 * 3
     for words in (["fig7", "losses", "stronger", "--seeds", "0,1"], ["fig4", "--seeds", 1]):
         assert command(*words)[1] == []
@@ -171,6 +172,56 @@ def test_a_figures_training_sets_have_the_same_number_of_updates(blank):
     assert figures.fig4.__doc__.endswith("within 4 %")
 
 
+def test_training_compute_at_equal_updates_and_at_equal_flops(command, tmp_path):
+    """The rule that a step of PGD-n costs 2n + 3 forward passes, beside FLOPs counted operator by operator;
+    and the runs' compute, from the steps that they made."""
+    step = {}
+    for n in (1, 2, 5, 10):
+        step[n], forward = costs.counted(costs.Row("toy", 8, n, "eager"), 50, ("step", "attack, forward"))
+        assert figures.passes(n) == pytest.approx(step[n] / forward, rel=.02)
+    printed, made = command("cost", "--seeds", 0)
+    words = [" ".join(m.split("--loss tecoa ")[1:]) for m in made if m.startswith("train")]
+    trainings = {}
+    for n, epochs in re.findall(r"(?:--steps (\d+) )?(?:--epochs ([\d.]+) )?--resume", "\n".join(words)):
+        trainings.setdefault(int(n or 2), []).append(256 * float(epochs or 2) * step[int(n or 2)])
+    assert {n: len(found) for n, found in trainings.items()} == {1: 3, 2: 2, 5: 3, 10: 3}
+    for n, found in trainings.items():
+        # GFLOP an image in all: half of the usual, the usual, as many updates as usual
+        wanted = [256 * step[2], 512 * step[2], 512 * step[n]][:len(found)]
+        assert sorted(found) == pytest.approx(sorted(wanted), rel=.02)
+    rows = dict(re.findall(r"^\| (PGD-.*?) \| ([\d.]+) \| 50.0 \| 10.0 \| 50.0 \| 90.0 \|$", printed, re.M))
+    assert len(rows) == 11 and rows["PGD-10, equal updates"] == f"{23 / 7:.2f}" == "3.29"
+    assert {rows[f"PGD-{n}, equal FLOPs"] for n in (1, 5, 10)} == {rows["PGD-2, equal updates"]} == {"1.00"}
+    assert {rows[f"PGD-{n}, half the FLOPs"] for n in (1, 2, 5, 10)} == {"0.50"}
+    assert (tmp_path / "results" / "cost.png").exists()
+
+
+def test_a_set_that_cannot_be_read_is_a_dash_and_not_in_the_mean(command, tmp_path):
+    """Whatever the seed; the other sets' numbers are what they were."""
+    command("stronger", "labels", "--seeds", "0,1")
+    folder = tmp_path / "out" / "paper" / source_version()
+    for path in folder.glob("*seed1/eval*/results.json"):
+        results = json.loads(path.read_text())
+        row = results["tasks"]["digits"]
+        results["tasks"]["digits"] = row | {"n": 0, "right": 0, "clean": None, "robust": None, "broken_by": {
+            name: 0 for name in row["broken_by"]}}
+        for other in set(results["tasks"]) - {"digits"}:
+            results["tasks"][other]["robust"] += 5
+        path.write_text(json.dumps(results))
+    printed, made = command("stronger", "labels", "fig1", "--seeds", "0,1")
+    # (10 + 25) / 2
+    assert "| true labels | 50.0 ± 0.0 | 17.5 ± 10.6 |" in printed
+    assert "| digits | – | – |" in printed and "nan" not in printed
+    def read(seed, point):
+        (path,) = folder.glob(f"loss-tecoa-seed{seed}/eval-????????/results.json")
+        return json.loads(path.read_text())
+    plan = SimpleNamespace(args=SimpleNamespace(seeds=[0, 1]), adapted="seen", read=read,
+                           run_folder=lambda seed, train: folder / "loss-tecoa-seed0")
+    found = runs.gather(plan, figures.TECOA)
+    assert np.isnan(found["digits"]["pgd"]).tolist() == [False, True]
+    assert found["mean"]["pgd"].tolist() == [12, 22]
+
+
 def test_the_stages_know_every_option(blank):
     """With the real models' grid as well; and the defaults that paper.py repeats are the stage's."""
     texts = {script: here(script, "--help").stdout for script in ("train_tecoa.py", "eval_zeroshot.py")}
@@ -181,7 +232,7 @@ def test_the_stages_know_every_option(blank):
                     for word in re.findall(r"--[a-z-]+", words):
                         assert f"  {word} " in texts[script] or f"  {word}\n" in texts[script], word
     flat = " ".join(texts["train_tecoa.py"].split())
-    assert "passes over the data set (default: 10; toy: 2)" in flat
+    assert "passes over the data set, whole or not (default: 10; toy: 2)" in flat
     assert re.search(r"--batch-size [^-]*\(default: 256; toy: 64\)", flat)
 
 
@@ -307,17 +358,17 @@ def test_attacks_are_counted_on_the_same_images(tmp_path, monkeypatch, capsys, s
     crosscheck.attacks(tmp_path / "ckpt.pt", limit=12, steps=3, queries=4)
     text = (tmp_path / "attacks.md").read_text()
     cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line)
-    rows = {name: numbers for name, *numbers in cells if name[0] in "PCASw"}
-    fab = rows.pop("what these leave, under FAB-T-3")
+    rows = {name: numbers for name, *numbers in cells if name[0] in "PCAFSa" and name != "attack"}
     assert "36 images" in text and text in capsys.readouterr().out
     robust = {name: float(cells[0]) for name, cells in rows.items()}
-    assert len(rows) == 8 and all(cells[0] == cells[3] and cells[2] == cells[5] for cells in rows.values())
-    in_turn = "APGD-CE-3, APGD-T-3, Square-4 in turn"
-    assert robust[in_turn] <= min(robust.values()) and robust["PGD-3"] < robust["Square-4"]
-    # theirs are given all images that are right when clean; but the last: what is left
+    assert len(rows) == 10 and all(cells[0] == cells[3] and cells[2] == cells[5] for cells in rows.values())
+    whole, fast = (f"{word}, of 3 steps and 4 queries" for word in ("autoattack", "autoattack-fast"))
+    assert robust[whole] <= min(robust.values()) and robust["PGD-3"] < robust["Square-4"]
+    # the same, where FAB-T finds nothing standing
+    assert robust[whole] <= robust[fast] and float(rows[whole][2]) >= float(rows[fast][2])
+    # theirs are given all images that are right when clean
     clean = {cells[1] for cells in rows.values() if cells[1]}
     assert len(clean) == 1 and float(*clean) >= max(robust.values())
-    assert fab[1] == fab[4] == rows[in_turn][0]
 
 
 def test_precisions_are_compared_on_the_same_images(tmp_path, monkeypatch, small_clip):

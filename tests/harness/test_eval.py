@@ -53,7 +53,8 @@ def rightly(toy, count=40):
 # ------------------------------------------------------------------------------ attacks in turn
 def test_attack_lists_and_what_is_defined_for_few_classes():
     assert attack_list("pgd,square,pgd") == ["pgd", "square"]
-    assert attack_list("cw,autoattack") == ["cw", "apgd-ce", "apgd-t", "square"]
+    assert attack_list("cw,autoattack") == ["cw", "apgd-ce", "apgd-t", "fab-t", "square"]
+    assert attack_list("autoattack-fast,pgd") == ["apgd-ce", "apgd-t", "square", "pgd"]
     with pytest.raises(ValueError, match="--attack fgsm: expected a comma list"):
         attack_list("pgd,fgsm")
     assert attack_list("cw", last_iterate=True) == ["cw"]
@@ -61,8 +62,8 @@ def test_attack_lists_and_what_is_defined_for_few_classes():
         attack_list("pgd,cw", last_iterate=True)
     names = attack_list("autoattack")
     assert defined(names, 4) == names
-    assert defined(names, 3) == ["apgd-ce", "apgd-dlr", "square"]
-    assert defined(names, 2) == ["apgd-ce", "square"]
+    assert defined(names, 3) == ["apgd-ce", "apgd-dlr", "fab-t", "square"]
+    assert defined(names, 2) == ["apgd-ce", "fab-t", "square"]
     assert defined(["apgd-dlr"], 2) == ["apgd-ce"] and defined(["apgd-dlr"], 3) == ["apgd-dlr"]
 
 
@@ -139,7 +140,7 @@ def test_autoattack_on_two_and_three_classes(toy, classes):
     options = PGD | {"names": attack_list("autoattack"), "steps": 5, "queries": 20}
     row = evaluate_tasks(encoder, {task.name: head[:classes]}, scale, [few], options, label="",
                          batch_size=64)["tasks"]["colours"]
-    assert row["attacks"] == (["apgd-ce", "square"] if classes == 2 else ["apgd-ce", "apgd-dlr", "square"])
+    assert row["attacks"] == ["apgd-ce", *["apgd-dlr"] * (classes == 3), "fab-t", "square"]
     assert row["n"] == len(few.images)
     assert sum(row["broken_by"].values()) + row["standing"] == row["right"] > 5
 
@@ -404,7 +405,7 @@ def test_all_takes_what_is_there_and_says_what_is_not(tmp_path, read_json):
     done = command(*model, tmp_path, "--steps", 1, "--templates", "openai", "--workers", 0)
     assert list(read_json(tmp_path / "out" / "results.json")["tasks"]) == ["imagenet"]
     missing = [line.split(": ")[1] for line in done.splitlines() if line.startswith("not evaluated: ")]
-    assert len(missing) == 16 and "imagenet" not in missing and "eurosat" in missing
+    assert len(missing) == 21 and "imagenet" not in missing and "eurosat" in missing
     assert sorted(read_json(tmp_path / "out" / "results.json")["missing"]) == sorted(missing)
     assert "not evaluated: cars: get it with hf download clip-benchmark/wds_cars" in done
     assert "nothing to evaluate under" in command(*model, tmp_path / "eurosat", status=2)
@@ -570,7 +571,8 @@ def test_every_option_that_can_change_a_result_has_a_folder_of_its_own(monkeypat
              "norm": "l2", "eps": 4, "steps": 7, "step_size": .5, "seed": 1, "dtype": "bf16",
              "kernels": "torch", "device": "cuda:7", "compile": None, "attack": "cw", "queries": 7,
              "restarts": 2, "last_iterate": None, "templates": "openai", "interpolate": None, "ckpt": None,
-             "class_names": "names.txt", "template": "a {}", "resize": "none"}
+             "class_names": "names.txt", "template": "a {}", "resize": "none", "protocol": "ttc",
+             "interpolation": "bicubic"}
     same = {"workers": 1, "batch_size": 7, "out": "elsewhere", "overwrite": None, "examples": None,
             "save_adv": "adv", "export": "clip"}
     assert {*other, *same} == {action.dest for action in make_parser()._actions} - {"help"}

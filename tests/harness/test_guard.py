@@ -60,6 +60,9 @@ BOTH = {
     "class_names": (("--class-names", "{}/two-lines"), "2"), "data_root": (
         ("--data-root", "{}/absent", "--tasks", "imagenet"), "no such folder"),
     "device": (("--device", "cuda:99"), "device"), "dtype": (("--dtype", "int8"), "expected one of auto"),
+    "interpolation": (("--interpolation", "bicubic", "--tasks", "folder:{}/digits"),
+                      "protocol tecoa with --interpolation bicubic"),
+    "protocol": (("--protocol", "fare"), r"protocol fare\b"),
     "eps": (("--eps", ".0314"), r"0\.0314/255, or"), "kernels": (("--kernels", "x"), "invalid choice"),
     "compile": (("--compile=3",), "ignored explicit argument"),
     "seed": (("--seed", "-1"), "expected|invalid"),
@@ -79,7 +82,7 @@ SAID = {
         "last_blocks": (("--last-blocks", 1), "belongs to --adapt partial"),
         "tokens": (("--tokens", 3), "belongs to --adapt token-prompt"),
         "dataset": (("--dataset", "folder:{}/one"), "only one class|no train images"),
-        "epochs": (("--epochs", 0), "at least 1"), "eval_steps": (("--eval-steps", 3), r"PGD-3, linf"),
+        "epochs": (("--epochs", 0), "above 0"), "eval_steps": (("--eval-steps", 3), r"PGD-3, linf"),
         "init": (("--init", "{}/two-lines"), "is not a checkpoint|damaged"),
         "labels": (("--labels", "pseudo"), "% of the pseudo-labels are the true ones"),
         "loss": (("--loss", "imgcoadv", "--accumulate", 8), "one alone has no others"),

@@ -409,7 +409,7 @@ def test_a_restart_goes_on_with_its_own_launch_alone(forks, run_copy, tmp_path):
 def test_a_table_of_other_tasks_is_not_taken_over(tmp_path):
     run = TrainingRun.__new__(TrainingRun)
     run.out, run.checkpoint, run.device = tmp_path, {"step": 1}, torch.device("cpu")
-    run.args, run.data = SimpleNamespace(seed=0), ["of train", "of b", "of a"]
+    run.args, run.data, run.measured_as = SimpleNamespace(seed=0), ["of train", "of b", "of a"], None
     run.refusing = contextlib.nullcontext
     row = {"n": 4, "right": 4, "chance": 50}
     made = {"tasks": {"b": row}}
@@ -417,6 +417,9 @@ def test_a_table_of_other_tasks_is_not_taken_over(tmp_path):
     assert run.table_before(["b", "a"], None)["tasks"] == {"a": {}}
     assert run.table_before(["b"], lambda: made) == made
     assert json.loads((tmp_path / "results_before.json").read_text())["tasks"] == {"b": row}
+    run.measured_as = {"interpolation": "bilinear"}         # as an earlier version did not say
+    assert run.table_before(["b"], lambda: made | {"new": True})["new"]
+    assert run.table_before(["b"], lambda: made)["new"]
     run.data = ["of train", "of other images of b", "of a"]
     assert run.table_before(["b"], lambda: made | {"new": True})["new"]
     (tmp_path / "results_before.json").write_text("half a fi")

@@ -70,11 +70,11 @@ def test_clips_ensembles():
     for name in (*counts, "imagenet"):
         templates = openai_templates(name)
         assert len(set(templates)) == len(templates) == counts.get(name, 80)
-        assert all(t.count("{}") == 1 and "*" not in t and "  " not in t and t.format("x") for t in templates)
-    caltech = {"art of the {}.", "a origami {}.", "the {} in a video game."}
+        assert all(t.count("{c}") == 1 and not {*"*"} & {*t} and "  " not in t for t in templates)
+    caltech = {"art of the {c}.", "a origami {c}.", "the {c} in a video game."}
     assert caltech <= set(openai_templates("caltech101"))
-    assert "a black and white photo of the {}." in openai_templates("cifar10")
-    assert openai_templates("imagenet")[0] == "a bad photo of a {}."
+    assert "a black and white photo of the {c}." in openai_templates("cifar10")
+    assert openai_templates("imagenet")[0] == "a bad photo of a {c}."
 
 
 MEANINGLESS = ["0", "17", "-3", "1.5", "class_1", "label-3", "c0", "Class 12", "n99999999", "Q146",

@@ -10,15 +10,16 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.datasets import cifar, flowers102
-from writers import (PHOTO, SETS, caltech256, country211, eurosat, flowers, imagenet,
+from writers import (PHOTO, SETS, UNSPLIT, caltech256, country211, eurosat, flowers, imagenet,
                      pcam, pets, pixels, refused, sun397, write, write_shards)
 
-from prompts import clean_class_name, openai_templates
+from prompts import clean_class_name, fill, openai_templates
 from tasks import benchmarks
 from tasks.benchmarks import BENCHMARKS, how_to_get, present
 from tasks.class_names import country_names, imagenet_class_names
 from tasks.images import Unreadable
 from tasks.loading import batches
+from tasks.protocols import PROTOCOLS
 from tasks.task import load_task, task_names
 
 
@@ -48,7 +49,7 @@ def test_every_set_in_its_layout(tmp_path, name, monkeypatch):
         patch.setattr(Image, "open", lambda *words: pytest.fail("opening a set decodes images"))
         task = load_task(name, "val", size=24, data_root=tmp_path)
     assert task.name == name and len(task.images) == count and present(tmp_path)[0] == [name]
-    prompts = [task.template.format(clean_class_name(c)) for c in task.class_names]
+    prompts = [fill(task.template, c) for c in task.class_names]
     assert (prompts[0], prompts[-1], len(set(prompts))) == (first, last, len(prompts))
     labels = set()
     for i, (x, label, index) in enumerate(task.images):
@@ -61,15 +62,17 @@ def test_every_set_in_its_layout(tmp_path, name, monkeypatch):
     else:
         train = load_task(name, "train", size=24, data_root=tmp_path)
         assert len(train.images) == train_count and train.class_names == task.class_names
-        assert all(says(x) == (label % 10, False) for x, label, _ in train.images)
+        # of a set without splits, they are among those evaluated on
+        assert all(says(x) == (label % 10, name in UNSPLIT) for x, label, _ in train.images)
     few = load_task(name, "val", size=24, data_root=tmp_path, limit=2)
     assert [int(few.images[i][2]) for i in range(2)] == [0, count // 2]
     # nothing was written
     assert files(tmp_path) == before
 
 
-def test_the_table_is_the_papers_and_country_211():
-    assert list(SETS) == list(BENCHMARKS) and len(BENCHMARKS) == 17
+def test_the_table_is_the_papers_and_six_more():
+    assert list(SETS) == list(BENCHMARKS) and len(BENCHMARKS) == 16 + 6
+    assert all({*rules.sets} < {*BENCHMARKS} for rules in PROTOCOLS.values())
 
 
 def test_words_of_the_prompts(tmp_path):
@@ -187,7 +190,7 @@ def test_shards_of_any_folder(tmp_path, kind, tars):
         assert [label for _, label, _ in map(task.images.__getitem__, range(24))] == labels
         assert all(x.shape == (3, 24, 24) and says(x) == (y, True) and isinstance(y, int)
                    for x, y, _ in map(task.images.__getitem__, range(24)))
-    assert load_task(f"wds:{path}", "val", size=24, templates="openai").template == ["a {}.", "the {}."]
+    assert load_task(f"wds:{path}", "val", size=24, templates="openai").template == ["a {c}.", "the {c}."]
     assert load_task(f"wds:{path}", "val", size=24, limit=3).images[2][2] == 16
     assert files(tmp_path) == before
     with pytest.raises(ValueError, match="not the train split"):
@@ -318,5 +321,5 @@ def test_clips_templates_are_taken_instead_of_the_papers(tmp_path):
         assert task.template == openai_templates(name)
     assert task.class_names[3] == "highway or road"
     folder = load_task(f"folder:{tmp_path / 'imagenet'}", "val", size=8, templates="openai")
-    assert len(folder.template) == 80 and folder.template[0] == "a bad photo of a {}."
+    assert len(folder.template) == 80 and folder.template[0] == "a bad photo of a {c}."
     assert load_task("digits", "val", templates="openai").template == load_task("digits", "val").template

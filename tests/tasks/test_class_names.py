@@ -39,7 +39,7 @@ def test_templates(file):
     for text in ("a {} {x}", "a {}, class {0}", "{{}}", "lambda c: f'a {c} {}.',", '{"a {}"'):
         with pytest.raises(ValueError, match="more braces than {} for"):
             read_template(text)
-    assert read_template(file("a {}.\nthe {c}.\n")) == ["a {}.", "the {}."]
+    assert read_template(file("a {}.\nthe {c}.\n")) == ["a {}.", "the {c}."]
     assert read_template(file("a {}.\n")) == "a {}."
     for text in ("a photo of a cat", "/nowhere.txt"):
         with pytest.raises(ValueError, match="which is no file either"):

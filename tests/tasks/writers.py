@@ -162,7 +162,8 @@ def dtd(root):
 
 def eurosat(root):
     for label, row in enumerate(benchmarks.OWN_WORDS["eurosat"]):
-        draw(root / "eurosat" / "2750" / row[0] / f"{row[0]}_1.jpg", label)
+        for n in (1, 2):
+            draw(root / "eurosat" / "2750" / row[0] / f"{row[0]}_{n}.jpg", label)
 
 
 def pcam(root):
@@ -194,6 +195,41 @@ def imagenet(root):
         draw(root / "imagenet" / name / classes[label] / f"{n}.JPEG", label, split)
 
 
+TINY = "n01443537", "n02124075", "n07749582"
+
+
+def tiny_imagenet(root):
+    """Its wnids.txt is in no order, and boxes lie beside the images."""
+    folder, lines = root / "tiny-imagenet-200", []
+    write(folder / "wnids.txt", "".join(f"{TINY[label]}\n" for label in (1, 2, 0)))
+    write(folder / "words.txt", "n00001740\tentity\n")
+    for split, name, n, label in both(("train", "val"), [2, 0, 1]):
+        if name == "train":
+            draw(folder / name / TINY[label] / "images" / f"{TINY[label]}_{n}.JPEG", label, split)
+            boxes = f"{TINY[label]}_{n}.JPEG\t0\t0\t9\t9"
+            write(folder / name / TINY[label] / f"{TINY[label]}_boxes.txt", boxes)
+        else:
+            draw(folder / "val" / "images" / f"val_{n}.JPEG", label)
+            lines.append(f"val_{n}.JPEG\t{TINY[label]}\t0\t0\t62\t62\n")
+    write(folder / "val" / "val_annotations.txt", "".join(lines))
+
+
+def of_imagenet(folder, classes):
+    """A writer of folder/<class>/ with two images each, and what archives hold beside them."""
+    def writer(root):
+        for label, name in classes.items():
+            for n in range(2):
+                draw(root / folder / name / f"{n}.JPEG", label)
+        write(root / folder / "README.txt", "who made it")
+    return writer
+
+
+imagenet_r = of_imagenet("imagenet-r", {0: "n01443537", 1: "n01484850", 2: "n12267677"})
+imagenet_a = of_imagenet("imagenet-a", {0: "n01498041", 1: "n01531178", 2: "n12267677"})
+imagenet_sketch = of_imagenet("sketch", {0: "n01440764", 1: "n01443537", 2: "n15075141"})
+imagenet_v2 = of_imagenet("imagenetv2-matched-frequency-format-val", {n: str(n) for n in (0, 2, 10, 999)})
+
+
 # writer, how many to test and train on (None: refused), prompts of the first and last class, attacked at
 PHOTO = "This is a photo of a "
 SETS = {
@@ -201,8 +237,8 @@ SETS = {
     "cifar10": (cifar10, 3, 10, PHOTO + "airplane", PHOTO + "truck", 32),
     "cifar100": (cifar100, 3, 2, PHOTO + "apple", PHOTO + "worm", 32),
     "stl10": (stl10, 3, 2, PHOTO + "airplane", PHOTO + "truck", 96),
-    "caltech101": (caltech101, 6, None, PHOTO + "faces", PHOTO + "yin yang", 24),
-    "caltech256": (caltech256, 6, None, "A photo of a ak47.", "A photo of a airplanes.", 24),
+    "caltech101": (caltech101, 6, 3, PHOTO + "faces", PHOTO + "yin yang", 24),
+    "caltech256": (caltech256, 6, 3, "A photo of a ak47.", "A photo of a airplanes.", 24),
     "pets": (pets, 6, 3, "A photo of a abyssinian, a type of pet.",
              "A photo of a yorkshire terrier, a type of pet.", 24),
     "cars": (cars, 6, 3, "A photo of a am general hummer suv 2000.",
@@ -211,16 +247,22 @@ SETS = {
                 "A photo of waffles, a type of food.", 24),
     "flowers102": (flowers, 5, 2, "A photo of a pink primrose, a type of flower.",
                    "A photo of a blackberry lily, a type of flower.", 24),
-    "aircraft": (aircraft, 6, 3, "A photo of a boeing 707 320, a type of aircraft.",
-                 "A photo of a yak 42, a type of aircraft.", 24),
-    "sun397": (sun397, 6, None, PHOTO + "abbey", PHOTO + "youth hostel", 24),
+    "aircraft": (aircraft, 6, 3, "A photo of a Boeing 707-320, a type of aircraft.",
+                 "A photo of a Yak-42, a type of aircraft.", 24),
+    "sun397": (sun397, 6, 3, PHOTO + "abbey", PHOTO + "youth hostel", 24),
     "dtd": (dtd, 6, 3, "A surface with a banded texture.", "A surface with a zigzagged texture.", 24),
-    "eurosat": (eurosat, 10, None, "A centered satellite photo of annual crop land.",
+    "eurosat": (eurosat, 20, 10, "A centered satellite photo of annual crop land.",
                 "A centered satellite photo of a sea or a lake.", 24),
     "pcam": (pcam, 4, 3, "This is a photo of healthy lymph node tissue.",
              "This is a photo of lymph node tumor tissue.", 24),
-    "hateful-memes": (hateful_memes, 5, None, "a meme.", "a hatespeech meme.", 24),
-    "country211": (country211, 6, 3, "A photo I took in andorra.", "A photo I took in kosovo.", 24)}
+    "hateful-memes": (hateful_memes, 5, 2, "a meme.", "a hatespeech meme.", 24),
+    "country211": (country211, 6, 3, "A photo I took in andorra.", "A photo I took in kosovo.", 24),
+    "tiny-imagenet": (tiny_imagenet, 6, 3, PHOTO + "goldfish", PHOTO + "lemon", 24),
+    "imagenet-r": (imagenet_r, 6, None, PHOTO + "goldfish", PHOTO + "acorn", 24),
+    "imagenet-a": (imagenet_a, 6, None, PHOTO + "stingray", PHOTO + "acorn", 24),
+    "imagenet-sketch": (imagenet_sketch, 6, None, PHOTO + "tench", PHOTO + "toilet tissue", 24),
+    "imagenet-v2": (imagenet_v2, 8, None, PHOTO + "tench", PHOTO + "toilet tissue", 24)}
+UNSPLIT = "caltech101", "caltech256", "sun397", "eurosat"
 
 
 def write_shards(folder, labels, classes, kind="webp", tars=1, size=(40, 30)):

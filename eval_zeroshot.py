@@ -26,7 +26,7 @@ from harness.checkpoints import export_clip, load_visual, read_checkpoint
 from harness.evaluation import EvaluationRun, choose_examples, load_tasks, phase, progress, settle, shared
 from harness.options import ByModel, Parser, add_shared_options, by_protocol, number, shares
 from harness.processes import DTYPES, RANK, rank0, rank0_first
-from harness.reports import about, ball, mean, summary
+from harness.reports import ball, described, mean, summary
 from kernels.contrastive_loss import contrast, cosine_logits, log_odds
 from kernels.pgd_step import to_float
 from model import ImageEncoder, judging, load_clip, predict
@@ -181,7 +181,7 @@ def evaluate_tasks(encoder, heads, logit_scale, tasks, options, *, label, protoc
             names, head = defined(options["names"], len(heads[task.name])), heads[task.name]
             records = evaluate(watched, head, logit_scale, task, options | {"names": names}, bar=bar,
                                done=done.get(task.name), **more)
-            results["tasks"][task.name] = summary(records, names, len(head), half) | about(task)
+            results["tasks"][task.name] = summary(records, names, len(head), half) | described(task)
             counted = {name: row for name, row in results["tasks"].items() if counts(protocol, name)}
             results["mean"] = mean(counted or results["tasks"])
             if after is not None:

@@ -20,7 +20,7 @@ from eval_zeroshot import make_parser as evaluation_parser
 from experiments.figures import COLOURS, OTHER_COLOUR, bars, spread
 from harness.evaluation import read_journal
 from harness.files import occupant, read_json
-from harness.options import Parser, content
+from harness.options import Parser, content, quarter
 from harness.reports import ball, in_pipes, plain
 from tasks.benchmarks import counts
 from tasks.contents import digest
@@ -155,7 +155,7 @@ def protocol_of(results):
         options |= {"restarts": 1, "last_iterate": False, "steps": steps}
         options = {"templates": PROTOCOLS[options.get("protocol", DEFAULT)].templates} | options
         if steps and eps is not None:
-            options["step_size"] = eps / min(4, steps)
+            options["step_size"] = quarter(eps, steps)
             words = f"PGD-{steps}; {ball(config.get('norm'), eps / 255, options['step_size'] / 255)}"
     used = {word for name in attacks if name in ATTACKS for word in ATTACKS[name].options}
     unused = {"steps", "step_size", "queries"} - used if attacks <= ATTACKS.keys() else set()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.checkpoints import FORMAT
 from harness.files import read_json
-from harness.options import completed, content, differences, placeless, protocol_words
+from harness.options import completed, content, differences, placeless, protocol_words, quarter
 from harness.reports import ball, in_pipes, outside_the_mean, percent
 from losses import LOSSES
 from model import LOCAL_DIR, hub_repository
@@ -79,7 +79,7 @@ def evaluations(args, checkpoint, out):
             not differences(run["identity"], training.get("identity", {})))
         if mine and run["tasks"] and args.interpolate is None:
             eps, steps, norm = (run["config"][word] for word in ("eps", "eval_steps", "norm"))
-            found.append((f"PGD-{steps}; {ball(norm, eps / 255, eps / min(4, steps) / 255)}; after training",
+            found.append((f"PGD-{steps}; {ball(norm, eps / 255, quarter(eps / 255, steps))}; after training",
                           run))
     for folder in dict.fromkeys(Path(path).resolve() for path in folders):
         results = read_json(folder / "results.json")

@@ -280,6 +280,12 @@ def default_eps(args):
     return ByModel(1., 11.)(args)
 
 
+def quarter(eps, steps):
+    """A quarter of ε, the length of a PGD step; of fewer than four steps ε / steps, which reaches as far.
+    So it is in the two tables of train_tecoa.py, too."""
+    return eps / min(4, steps)
+
+
 def default_step_size(args, training):
     """In 1/255. Real models in linf: at ε = 1 the paper's 1, in training of 2 steps; with another ε or other
     steps what reaches the ball's surface. The toy, and any model in l2: in proportion to ε."""
@@ -288,7 +294,7 @@ def default_step_size(args, training):
         return 1.
     if training:
         return 1.25 * eps / args.steps if ours else eps * min(1.25, 2 / args.steps)
-    least = eps / min(4, args.steps)
+    least = quarter(eps, args.steps)
     return least if ours else max(least, min(1., eps))
 
 

@@ -37,7 +37,7 @@ def summary(records, attacks, classes, half):
     return row | {"warnings": signs_of_a_broken_evaluation(row, readable, right, half)}
 
 
-def about(task):
+def described(task):
     """What a row of results.json says of its task beside the numbers."""
     return {"source": task.source, "split": task.split, "template": task.template,
             "class_names": task.class_names}

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from harness import files, processes
 from harness.checkpoints import FORMAT, load_visual, read_checkpoint, save_checkpoint
 from harness.log import Log
-from harness.options import completed, data_options, differences, doubts, measured_as, protocol_words
+from harness.options import (completed, data_options, differences, doubts, measured_as, protocol_words,
+                             quarter)
 from harness.processes import DTYPES, LAUNCH, RANK, RESTARTS, WORLD, environment, gathered, rank0
 from harness.reports import (at_chance, ball, draw_curves, draw_examples, guessing, markdown_table,
                              nothing_readable, outside_the_mean, try_to_draw)
@@ -543,7 +544,7 @@ class TrainingRun:
         if after["tasks"]:
             steps, eps = config["eval_steps"], config["eps"] / 255
             how = protocol_words(argparse.Namespace(**completed(config)), after.get("measured_as"))
-            print(f"\n{how}: PGD-{steps}, {ball(config['norm'], eps, eps / min(4, steps))}\n")
+            print(f"\n{how}: PGD-{steps}, {ball(config['norm'], eps, quarter(eps, steps))}\n")
             tables = ({"CLIP": before} if before else {}) | {config["loss"]: after}
             print(markdown_table(tables, after.get("adapted", ())))
             if outside := outside_the_mean(after["tasks"], completed(config)["protocol"]):

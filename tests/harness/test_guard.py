@@ -7,10 +7,10 @@ import random
 import re
 import tarfile
 
-import numpy as np
 import pytest
 import torch
 from in_process import here
+from noise import write_classes
 from PIL import Image
 from test_options import PARSERS
 
@@ -109,18 +109,8 @@ def inputs(tmp_path_factory):
     """What the options above name."""
     root = tmp_path_factory.mktemp("inputs")
     (root / "two-lines").write_text("cat\ndog\n")
-    write_classes(root / "digits" / "val", ["one", "two"])
-    write_classes(root / "one" / "train", ["cat"])
-    return root
-
-
-def write_classes(root, names, each=4, size=32):
-    """root/<name>/<i>.png, each of other pixels."""
-    rng = np.random.default_rng(0)
-    for name in names:
-        (root / name).mkdir(parents=True)
-        for i in range(each):
-            Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(root / name / f"{i}.png")
+    write_classes(root / "digits" / "val", ["one", "two"], 4)
+    write_classes(root / "one" / "train", ["cat"], 4)
     return root
 
 
@@ -166,8 +156,8 @@ def png(mode="RGB", value=7):
     return file.getvalue()
 
 
-def folder_of(names, **how):
-    return lambda root: ("--tasks", f"folder:{write_classes(root / 'set', names, **how)}")
+def folder_of(names, each=4):
+    return lambda root: ("--tasks", f"folder:{write_classes(root / 'set', names, each)}")
 
 
 def splits(*names):
@@ -203,7 +193,7 @@ def compressed(root):
 
 def twins(root):
     long = " ".join(["word"] * 40)
-    return "--tasks", f"folder:{write_classes(root / 'set', [f'{long} cat', f'{long} dog'])}"
+    return "--tasks", f"folder:{write_classes(root / 'set', [f'{long} cat', f'{long} dog'], 4)}"
 
 
 def training_checkpoint(root):
@@ -222,7 +212,7 @@ KINDS = {
     "two of one split": (splits("val", "valid"), 2, "two are the same split"),
     "splits beside classes": (splits("train", "cat"), 2, "splits, train/, beside"),
     "classes of splits": (lambda root: ("--tasks", f"folder:{root / 'set'}") * bool(
-        [write_classes(root / "set" / name, ["train", "test"]) for name in ("cat", "dog")]), 2, "set"),
+        [write_classes(root / "set" / name, ["train", "test"], 4) for name in ("cat", "dog")]), 2, "set"),
     "digits": (folder_of(["0", "1", "2"]), 0, "3 of 3 class names are numbers: '0', '1', '2'"),
     "WordNet ids": (folder_of(["n99999998", "n99999999"]), 0, "WordNet ids, none of ImageNet's"),
     "the same prompts": (twins, 0, "2 class names make prompts of the same tokens"),

@@ -3,28 +3,12 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 from in_process import here
-from PIL import Image
+from noise import change_one_pixel, draw
 from runs import assert_same, contents
 
 from tasks.make_cache import make_cache
-
-
-def draw(path, seed):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path, compress_level=0)
-
-
-def change_one_pixel(path):
-    """And neither the file's length nor its time."""
-    before, pixels = path.stat(), np.array(Image.open(path))
-    pixels[3, 3] ^= 255
-    Image.fromarray(pixels).save(path, compress_level=0)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert path.stat().st_size == before.st_size
 
 
 def elsewhere(folder, to):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from in_process import here
+from noise import write_classes
 from PIL import Image
 
 from harness.evaluation import choose_examples
@@ -20,13 +21,7 @@ QUICK = ("--pretrained", "none", "--steps", 1, "--workers", 0)
 
 
 def write_images(root, names, each=3):
-    """root/<name>/<i>.png of random pixels, of the toy model's size."""
-    random = np.random.default_rng(0)
-    for name in names:
-        (root / name).mkdir(parents=True)
-        for i in range(each):
-            Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(root / name / f"{i}.png")
-    return f"folder:{root}"
+    return f"folder:{write_classes(root, names, each)}"
 
 
 def evaluate(*words, status=0):

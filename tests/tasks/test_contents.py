@@ -2,9 +2,8 @@
 import os
 import shutil
 
-import numpy as np
 import pytest
-from PIL import Image
+from noise import change_one_pixel, draw
 from torch.utils.data import Subset
 
 from tasks import contents
@@ -13,28 +12,12 @@ from tasks.make_cache import make_cache
 from tasks.task import load_task
 
 
-def draw(path, value):
-    """A PNG of 8×8 pixels that are noise of this seed, of the same length whatever they are."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(value).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path, compress_level=0)
-
-
-def change_one_pixel(path):
-    """And neither the file's length nor its time."""
-    before, pixels = path.stat(), np.array(Image.open(path))
-    pixels[3, 3] ^= 255
-    Image.fromarray(pixels).save(path, compress_level=0)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    after = path.stat()
-    assert (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-
-
 @pytest.fixture
 def photos(tmp_path):
     """train/{cat,dog}/0.png … 3.png"""
     for number in range(8):
-        draw(tmp_path / "photos" / "train" / ("cat", "dog")[number // 4] / f"{number % 4}.png", number)
+        draw(tmp_path / "photos" / "train" / ("cat", "dog")[number // 4] / f"{number % 4}.png", number,
+             size=8)
     return tmp_path / "photos"
 
 
